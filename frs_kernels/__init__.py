@@ -1,0 +1,20 @@
+"""Fused kernels for distilling object detectors with the Feature-Richness Score (Du et al., NeurIPS 2021)."""
+
+from frs_kernels import backends
+from frs_kernels.functional import FSRTerms, Richness, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.presets import PRESETS
+from frs_kernels.version import __version__
+
+__all__ = [
+    "PRESETS",
+    "FSRLoss",
+    "FSRTerms",
+    "FeatureAdapter",
+    "Richness",
+    "__version__",
+    "backends",
+    "fsr_loss",
+    "masked_imitation_loss",
+    "richness_mask",
+]

@@ -1,0 +1,104 @@
+"""The error table: what the public functions refuse, in words that say what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOSSES = ("mse", "bce", "kl")
+CLS_LOSSES = ("bce", "kl")
+NORMALIZERS = ("mass", "mass_channels")
+GRAD_MODES = ("auto", "forward", "backward")
+
+
+def check_option(name: str, value: object, valid: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"{name}={value!r} is unknown; the valid ones are {', '.join(map(repr, valid))}")
+
+
+def check_number(name: str, value: Any, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'} and finite, got {value}")
+
+
+def check_weight(name: str, value: Any, device: torch.device) -> None:
+    """A number, or a 0-dim floating-point tensor on the device of the levels."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor or a number, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a 0-dim tensor or a number, got shape {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the levels are on {device}; move it there")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+
+
+def check_level_weights(value: Any, levels: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"level_weights must be a list of numbers, one a level, got {type(value).__name__}")
+    if len(value) != levels:
+        raise ValueError(f"level_weights has {len(value)} entries, there are {levels} levels")
+    for level, weight in enumerate(value):
+        check_number(f"level_weights[{level}]", weight, positive=False)
+
+
+def check_levels(name: str, levels: Any, dims: int = 4) -> None:
+    """A non-empty list of floating-point tensors, (N, C, H, W), or (N, H, W) where dims is 3."""
+    axes = "(N, C, H, W)" if dims == 4 else "(N, H, W)"
+    if isinstance(levels, Tensor) or not isinstance(levels, Sequence):
+        raise TypeError(f"{name} must be a list of {axes} tensors, one a level, got {type(levels).__name__}")
+    if len(levels) == 0:
+        raise ValueError(f"{name} is empty; it needs one {axes} tensor a level")
+    for level, x in enumerate(levels):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{level}] must be a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name}[{level}] is {x.dtype}; floating-point tensors are needed: {valid}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}[{level}] is {x.layout}; call .to_dense()")
+        if x.dim() != dims:
+            raise ValueError(f"{name}[{level}] must be {axes}, got shape {tuple(x.shape)}")
+        if dims == 4 and x.shape[1] == 0:
+            raise ValueError(f"{name}[{level}] has no channels, shape {tuple(x.shape)}")
+        if x.device != levels[0].device:
+            raise ValueError(f"{name}[{level}] is on {x.device}, {name}[0] on {levels[0].device}; one device is needed")
+
+
+def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor], hint: str) -> None:
+    """Two lists of (N, C, H, W) levels that must agree in everything but dtype and strides."""
+    _check_alike(a_name, a, b_name, b)
+    for level, (x, z) in enumerate(zip(a, b, strict=True)):
+        if x.shape[1] != z.shape[1]:
+            raise ValueError(
+                f"{a_name}[{level}] {tuple(x.shape)} and {b_name}[{level}] {tuple(z.shape)} have {x.shape[1]} and "
+                f"{z.shape[1]} channels; {hint}"
+            )
+
+
+def check_positions(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor]) -> None:
+    """Two lists of levels that must agree in N, H and W."""
+    _check_alike(a_name, a, b_name, b)
+
+
+def _check_alike(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"{a_name} has {len(a)} levels, {b_name} has {len(b)}; give the same levels to both")
+    if a[0].device != b[0].device:
+        raise ValueError(f"{a_name} is on {a[0].device}, {b_name} on {b[0].device}; move them to one device")
+    for level, (x, z) in enumerate(zip(a, b, strict=True)):
+        if (x.shape[0], *x.shape[-2:]) != (z.shape[0], *z.shape[-2:]):
+            raise ValueError(
+                f"{a_name}[{level}] {tuple(x.shape)} and {b_name}[{level}] {tuple(z.shape)} differ in N, H or W; "
+                "student and teacher must see the same images at the same strides"
+            )

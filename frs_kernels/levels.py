@@ -1,0 +1,25 @@
+"""What every backend needs to know of a list of levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums and scores: fp64 as soon as one tensor is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def positions(level: Tensor) -> int:
+    """N * H * W of an (N, C, H, W) level."""
+    n, _, h, w = level.shape
+    return n * h * w
+
+
+def split_levels(scores: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views (N, H, W) of the flat scores, shaped as the (N, C, H, W) levels in `like`."""
+    parts = scores.split([positions(level) for level in like])
+    return [part.view(x.shape[0], *x.shape[2:]) for part, x in zip(parts, like, strict=True)]

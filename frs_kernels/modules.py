@@ -1,0 +1,147 @@
+"""The loss and the adapter as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from frs_kernels import backends, checks
+from frs_kernels.functional import FSRTerms, Levels, Weight, fsr_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class FSRLoss(nn.Module):
+    """`fsr_loss` with its options kept. `FSRLoss(**PRESETS["gfl"])`.
+
+    The arguments are those of `fsr_loss`. A weight may be changed between steps (`loss.feat_weight = 0.5 * w`, for a
+    warm-up); a weight that is a 0-dim tensor is a buffer: it follows `.to(device)` and `.fill_()` changes it without
+    a recompile. An unknown option raises here, not at the first step.
+    """
+
+    def __init__(
+        self,
+        feat_weight: Weight = 1.0,
+        cls_weight: Weight = 1.0,
+        cls_loss: str = "bce",
+        temperature: float = 1.0,
+        normalizer: str = "mass",
+        eps: float = 0.0,
+        level_weights: Sequence[float] | None = None,
+        process_group: ProcessGroup | None = None,
+        grad_mode: str = "auto",
+        backend: str = "auto",
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.check_option("cls_loss", cls_loss, checks.CLS_LOSSES)
+        checks.check_option("normalizer", normalizer, checks.NORMALIZERS)
+        checks.check_option("grad_mode", grad_mode, checks.GRAD_MODES)
+        checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
+        checks.check_number("temperature", temperature, positive=True)
+        checks.check_number("eps", eps, positive=False)
+        self.feat_weight: Weight
+        self.cls_weight: Weight
+        for name, weight in (("feat_weight", feat_weight), ("cls_weight", cls_weight)):
+            if isinstance(weight, Tensor):
+                checks.check_weight(name, weight, weight.device)
+                self.register_buffer(name, weight.detach().clone(), persistent=False)
+            else:
+                setattr(self, name, weight)
+        self.cls_loss = cls_loss
+        self.temperature = temperature
+        self.normalizer = normalizer
+        self.eps = eps
+        self.level_weights = level_weights
+        self.process_group = process_group
+        self.grad_mode = grad_mode
+        self.backend = backend
+        self.return_terms = return_terms
+
+    def forward(
+        self,
+        student_feats: Levels | None,
+        teacher_feats: Levels | None,
+        student_logits: Levels | None,
+        teacher_logits: Levels | None,
+        *,
+        mask: Levels | None = None,
+    ) -> Tensor | FSRTerms:
+        """The loss, or `FSRTerms` if the module was made with return_terms=True; arguments as `fsr_loss`."""
+        return fsr_loss(
+            student_feats,
+            teacher_feats,
+            student_logits,
+            teacher_logits,
+            feat_weight=self.feat_weight,
+            cls_weight=self.cls_weight,
+            cls_loss=self.cls_loss,
+            temperature=self.temperature,
+            normalizer=self.normalizer,
+            eps=self.eps,
+            level_weights=self.level_weights,
+            mask=mask,
+            process_group=self.process_group,
+            grad_mode=self.grad_mode,
+            backend=self.backend,
+            return_terms=self.return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        names = ("feat_weight", "cls_weight", "cls_loss", "temperature", "normalizer", "grad_mode", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class FeatureAdapter(nn.Module):
+    """The student's features in the teacher's channels: one convolution a level, not shared, with bias.
+
+    The paper's phi (arXiv 2111.00674, eq. 4): no norm, no activation, used even where the channels agree already.
+
+    Args:
+        in_channels, out_channels: the student's and the teacher's channels, one number for all levels or one a level.
+        num_levels: L.
+        kernel_size: odd, so that H and W stay; 3 in the paper's code.
+
+    Raises:
+        ValueError: a list of channels whose length is not num_levels, an even kernel_size, a number below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        out_channels: int | Sequence[int],
+        num_levels: int,
+        kernel_size: int = 3,
+    ) -> None:
+        super().__init__()
+        if num_levels < 1:
+            raise ValueError(f"num_levels must be 1 or more, got {num_levels}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, so that H and W stay, got {kernel_size}")
+        ins = _per_level("in_channels", in_channels, num_levels)
+        outs = _per_level("out_channels", out_channels, num_levels)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2) for i, o in zip(ins, outs, strict=True)
+        )
+
+    def forward(self, feats: Levels) -> list[Tensor]:
+        """One (N, C_in, H, W) tensor a level to one (N, C_out, H, W) a level.
+
+        Raises:
+            ValueError: the number of levels is not num_levels.
+        """
+        if len(feats) != len(self.convs):
+            raise ValueError(f"feats has {len(feats)} levels, the adapter was made for {len(self.convs)}")
+        return [conv(x) for conv, x in zip(self.convs, feats, strict=True)]
+
+
+def _per_level(name: str, channels: int | Sequence[int], levels: int) -> list[int]:
+    channels = [channels] * levels if isinstance(channels, int) else list(channels)
+    if len(channels) != levels:
+        raise ValueError(f"{name} has {len(channels)} entries, num_levels is {levels}")
+    if any(c < 1 for c in channels):
+        raise ValueError(f"{name} must be 1 or more, got {channels}")
+    return channels
