@@ -20,48 +20,54 @@ from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype
 from frs_kernels.triton import levels as lv
-from frs_kernels.triton.levels import find_level, pick, size_of, tile_offsets
+from frs_kernels.triton.levels import find_level, pick, size_of, tile_offsets, tile_start
 from frs_kernels.triton.pointwise import pointwise
 from frs_kernels.triton.slots import store_partial, sum_level, workspace
 
 
 @triton.jit
 def imitate_tile(
-    x_ptr, z_ptr, grad_ptr, share, slope_scale, n, c0, c1, p, channels, hw, inner, width,
+    x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channels, hw, inner, width,
     x_strides, z_strides, grad_strides, level, inverse_temperature, temperature,
-    LOSS: tl.constexpr, LAYOUT: tl.constexpr, WANT_LOSS: tl.constexpr, WANT_GRAD: tl.constexpr,
+    LOSS: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, WANT_LOSS: tl.constexpr, WANT_GRAD: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     if LAYOUT == "nchw":
         hw = inner
     else:
         channels = inner
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    in_level = p < hw - p0
+    at_x = tile_offsets(c, p, p0, channels, hw, width, x_strides, level, LAYOUT, INDEX)
+    at_z = tile_offsets(c, p, p0, channels, hw, width, z_strides, level, LAYOUT, INDEX)
     sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)
-    for c_block in range(c0, c1, BLOCK_C):
-        c = c_block + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (c < channels)[:, None] & (p < hw)[None, :]
-        at = tile_offsets(n, c, p, channels, hw, width, x_strides, level, LAYOUT)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        at_z = tile_offsets(n, c, p, channels, hw, width, z_strides, level, LAYOUT)
-        z = tl.load(z_ptr + at_z, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+    for c0 in range(c_first, c_last, BLOCK_C):
+        mask = (c < channels - c0)[:, None] & in_level[None, :]
+        start_x = tile_start(n, c0, p0, channels, hw, x_strides, level, LAYOUT)
+        start_z = tile_start(n, c0, p0, channels, hw, z_strides, level, LAYOUT)
+        x = tl.load(x_ptr + start_x + at_x, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
+        z = tl.load(z_ptr + start_z + at_z, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
         value, slope = pointwise(x, z, inverse_temperature, temperature, LOSS)
         if WANT_LOSS:
             sums += tl.where(mask, value, 0.0)
         if WANT_GRAD:
-            at_g = tile_offsets(n, c, p, channels, hw, width, grad_strides, level, LAYOUT)
-            grad = slope_scale[None, :] * slope
-            tl.store(grad_ptr + at_g, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            start = tile_start(n, c0, p0, channels, hw, grad_strides, level, LAYOUT)
+            at = tile_offsets(c, p, p0, channels, hw, width, grad_strides, level, LAYOUT, INDEX)
+            grad = (upstream * share)[None, :] * slope
+            tl.store(grad_ptr + start + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
     return tl.sum(tl.sum(sums, 0) * share)
 
 
 @triton.jit
 def imitate_kernel(
     students, teachers, grads, scores_ptr, norm_ptr, factor_ptr, total_ptr, per_level_ptr, slots_ptr, counter_ptr,
-    weight: tl.float64, temperature: tl.float64,
+    weight: tl.float64, temperature: tl.float64, inverse_temperature: tl.float64,
     starts, positions, channels, sizes, widths, student_strides, teacher_strides, grad_strides,
-    LOSS: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
+    LOSS: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4  # unaligned elements have an address each: fewer, to save registers
     WANT_LOSS: tl.constexpr = per_level_ptr is not None
     WANT_GRAD: tl.constexpr = grads is not None
     level, tile = find_level(starts)
@@ -71,63 +77,66 @@ def imitate_kernel(
     channel_count = size_of(pick(channels, level))
     hw = size_of(pick(sizes, level))
     width = size_of(pick(widths, level))
-
     chunks = tl.cdiv(channel_count, CHUNK)
     tiles = tl.cdiv(hw, BLOCK_P)
-    n = (tile // (tiles * chunks)).to(tl.int64)
-    c0 = tile % chunks * CHUNK
-    c1 = tl.minimum(c0 + CHUNK, channel_count)
-    p = (tile // chunks % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tile // (tiles * chunks)
+    c_first = tile % chunks * CHUNK
+    c_last = tl.minimum(c_first + CHUNK, channel_count)
+    p0 = tile // chunks % tiles * BLOCK_P
 
     upstream = tl.full((), weight, ACC)
     if factor_ptr is not None:
         upstream *= tl.load(factor_ptr).to(ACC)
     norm = tl.load(norm_ptr + level)
-    s = tl.load(scores_ptr + size_of(pick(positions, level)) + n * hw + p, mask=p < hw, other=0.0)
-    share = tl.where(norm == 0, 0.0, s / norm).to(ACC)
-    tau = tl.full((), temperature, tl.float64)
-    inverse_tau = (1.0 / tau).to(ACC)
-    tau = tau.to(ACC)
+    p = p0 + tl.arange(0, BLOCK_P)
+    at = size_of(pick(positions, level)) + n.to(tl.int64) * hw + p
+    share = tl.where(norm == 0, 0.0, tl.load(scores_ptr + at, mask=p < hw, other=0.0) / norm).to(ACC)
+    tau = tl.full((), temperature, ACC)
+    inverse_tau = tl.full((), inverse_temperature, ACC)
 
     inner = hw if LAYOUT == "nchw" else channel_count
     if inner % VECTOR == 0:
-        # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads
+        # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads and stores
         partial = imitate_tile(
-            x_ptr, z_ptr, grad_ptr, share, upstream * share, n, c0, c1, p, channel_count, hw,
+            x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channel_count, hw,
             inner // VECTOR * VECTOR, width,
             student_strides, teacher_strides, grad_strides, level, inverse_tau, tau,
-            LOSS, LAYOUT, WANT_LOSS, WANT_GRAD, ACC, BLOCK_C, BLOCK_P,
+            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, BLOCK_C, BLOCK_P,
         )  # fmt: skip
     else:
         partial = imitate_tile(
-            x_ptr, z_ptr, grad_ptr, share, upstream * share, n, c0, c1, p, channel_count, hw,
+            x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channel_count, hw,
             inner, width,
             student_strides, teacher_strides, grad_strides, level, inverse_tau, tau,
-            LOSS, LAYOUT, WANT_LOSS, WANT_GRAD, ACC, BLOCK_C, BLOCK_P,
+            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, NARROW_C, BLOCK_P,
         )  # fmt: skip
 
     if WANT_LOSS:  # noqa: SIM102 - a constexpr: with `and` the sum would be stored where no slot is
         if store_partial(slots_ptr, counter_ptr, partial):
             total = tl.zeros((), tl.float64)
-            for i in tl.static_range(len(students)):
-                level_sum = sum_level(slots_ptr, starts, i, 512)
+            for i in range(len(students)):
+                level_sum = sum_level(slots_ptr, starts, i)
                 tl.store(per_level_ptr + i, level_sum.to(ACC))
                 total += level_sum
             tl.store(total_ptr, (total * upstream).to(ACC))
             tl.store(counter_ptr, 0)
 
 
-def tile_of(layout: str, channels: int) -> tuple[lv.Tile, int]:
+POSITIONS = {"mse": 256, "bce": 128, "kl": 64}
+
+
+def tile_of(layout: str, channels: int, loss: str, dtype: torch.dtype) -> tuple[lv.Tile, int]:
     """The tile, and the channels a program walks over (CHUNK).
 
-    2,048 elements a step of 128 threads: 16 each, so both loads and the store are one or two (bf16) or four (fp32)
-    16-byte accesses, and the kernel stays under 128 registers without a spill (docs/codegen.md).
+    A step of 128 threads is 2,048 elements for mse, 16 a thread: two (bf16) or four (fp32) 16-byte loads in flight a
+    tensor. bce and kl need more registers, so 1,024 and 512 elements, fp64 a quarter of each: with 2,048 bce took 161
+    registers and fp64 up to 255 (docs/codegen.md has what they take now).
     """
-    if channels <= 4:
-        return lv.Tile(4, 512, 4), 4
+    positions = POSITIONS[loss] // (4 if dtype == torch.float64 else 1)
+    small = lv.Tile(4, 2 * positions, 4), 4
     if layout == "nhwc":
-        return (lv.Tile(64, 32, 4), 256) if channels > 16 else (lv.Tile(16, 128, 4), 16)
-    return lv.Tile(8, 256, 4), 64
+        return (lv.Tile(64, positions // 8, 4), 256) if channels > 4 else small
+    return (lv.Tile(8, positions, 4), 64) if channels > 4 or layout == "strided" else small
 
 
 def imitate(
@@ -144,10 +153,12 @@ def imitate(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Launch `imitate_kernel`; arguments and results as in `frs_kernels.reference.imitate`."""
     dtype, device = accumulate_dtype(*student, *teacher), scores.device
+    if loss == "kl" and not want_loss:
+        loss = "bce"  # the same gradient: one kernel fewer to compile
     grads = [torch.empty_like(x) for x in student] if want_grad else []
     shapes = tuple(x.shape for x in student)
     layout = lv.layout_of(student, teacher, grads)
-    tile, chunk = tile_of(layout, max(shape[1] for shape in shapes))
+    tile, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, dtype)
     grid = lv.grid_of(shapes, tile, chunk)
     new = torch.empty if grid.programs else torch.zeros
     total = new(() if want_loss else 0, dtype=dtype, device=device)
@@ -157,10 +168,11 @@ def imitate(
             imitate_kernel[(grid.programs,)](
                 tuple(student), tuple(teacher), tuple(grads) or None, scores, norm, factor,
                 *((total, per_level, *workspace(device, grid.programs)) if want_loss else (None,) * 4),
-                weight, temperature,
+                weight, temperature, 1.0 / temperature,
                 grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths,
                 *(lv.strides_of(x, layout) for x in (student, teacher, grads)),
-                LOSS=loss, LAYOUT=layout, VECTOR=lv.vector_width(student, teacher), ACC=lv.TL_DTYPE[dtype],
+                LOSS=loss, LAYOUT=layout, INDEX=lv.index_dtype(student, tile, layout),
+                VECTOR=lv.vector_width(student, teacher), ACC=lv.TL_DTYPE[dtype],
                 BLOCK_C=tile.channels, BLOCK_P=tile.positions, CHUNK=chunk, num_warps=tile.num_warps,
             )  # fmt: skip
     return total, per_level, grads

@@ -84,6 +84,15 @@ def strides_of(levels: Sequence[Tensor], layout: str) -> tuple[tuple[int, ...], 
     return tuple(odd(axis) for axis in zip(*(x.stride() for x in levels), strict=True))
 
 
+def index_dtype(levels: Sequence[Tensor], tile: Tile, layout: str) -> tl.dtype:
+    """int32 if no tile spans 2^31 elements: a row of channels (nchw) or of positions (nhwc) times the stride."""
+    span = max(
+        {"nchw": tile.channels * x.shape[2] * x.shape[3], "nhwc": tile.positions * x.shape[1]}.get(layout, 1 << 31)
+        for x in levels
+    )
+    return tl.int32 if span < 1 << 31 else tl.int64
+
+
 def vector_width(*lists: Sequence[Tensor]) -> int:
     """Elements that fill 16 bytes of the narrowest dtype."""
     return 16 // min(levels[0].element_size() for levels in lists)
@@ -125,17 +134,34 @@ def find_level(starts):
 
 
 @triton.jit
-def tile_offsets(n, c, p, channels, hw, width, strides, level, LAYOUT: tl.constexpr):
-    """Offsets [BLOCK_C, BLOCK_P] of channels c and positions p of image n, in 64 bits.
+def tile_start(n, c0, p0, channels, hw, strides, level, LAYOUT: tl.constexpr):
+    """Offset of channel c0 and position p0 of image n: a 64-bit scalar, as a level may hold more than 2^31 elements.
 
-    A level may hold more than 2^31 elements, so n, c and p are int64 already.
+    In the strided layout positions are not evenly spaced, so `tile_offsets` counts them from the image's first.
     """
+    n = n.to(tl.int64)
     if LAYOUT == "nchw":
-        return ((n * channels + c) * hw)[:, None] + p[None, :]
+        return (n * channels + c0) * hw + p0
     elif LAYOUT == "nhwc":
-        return ((n * hw + p) * channels)[None, :] + c[:, None]
+        return (n * hw + p0) * channels + c0
     else:
-        row = n * size_of(pick(strides[0], level)) + c * size_of(pick(strides[1], level))
+        stride = size_of(pick(strides[1], level)).to(tl.int64)
+        return n * size_of(pick(strides[0], level)) + c0 * stride
+
+
+@triton.jit
+def tile_offsets(c, p, p0, channels, hw, width, strides, level, LAYOUT: tl.constexpr, INDEX: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] of a tile from its start; c and p count from there.
+
+    INDEX is int32 where the tile's span allows: 64-bit offsets for each element of an unaligned tile cost 96 registers.
+    """
+    c, p = c.to(INDEX), p.to(INDEX)
+    if LAYOUT == "nchw":
+        return (c * hw)[:, None] + p[None, :]
+    elif LAYOUT == "nhwc":
+        return (p * channels)[None, :] + c[:, None]
+    else:
+        p += p0
         y = p // width * size_of(pick(strides[2], level))
         x = p % width * size_of(pick(strides[3], level))
-        return row[:, None] + (y + x)[None, :]
+        return (c * size_of(pick(strides[1], level)))[:, None] + (y + x)[None, :]

@@ -20,22 +20,29 @@ MAX_PROGRAMS = 1024  # about 8 blocks of 128 threads for each of an H100's 132 m
 
 
 @triton.jit
+def scale_run(ptr, at, size, factor):
+    grad = tl.load(ptr + at, mask=at < size)
+    tl.store(ptr + at, (grad.to(factor.dtype) * factor).to(ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def scale_level(ptr, size, factor, BLOCK: tl.constexpr):
+    whole = size // 16 * 16  # the compiler sees the alignment: 16-byte accesses
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, tl.num_programs(0) * BLOCK):
+        scale_run(ptr, start + tl.arange(0, BLOCK), whole, factor)
+    if tl.program_id(0) == 0:
+        scale_run(ptr, whole + tl.arange(0, 16), size, factor)
+
+
+@triton.jit
 def scale_kernel(grads, factor_ptr, sizes, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1:
         for i in tl.static_range(len(grads)):
-            ptr = grads[i]
-            ACC: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
-            size = size_of(sizes[i]).to(tl.int64)
-            whole = size // 16 * 16  # the compiler sees the alignment: 16-byte accesses
-            for start in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, tl.num_programs(0) * BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                grad = tl.load(ptr + at, mask=at < whole).to(ACC) * factor.to(ACC)
-                tl.store(ptr + at, grad.to(ptr.dtype.element_ty), mask=at < whole)
-            if tl.program_id(0) == 0:
-                at = whole + tl.arange(0, 16)
-                grad = tl.load(ptr + at, mask=at < size).to(ACC) * factor.to(ACC)
-                tl.store(ptr + at, grad.to(ptr.dtype.element_ty), mask=at < size)
+            if grads[i].dtype.element_ty == tl.float64:
+                scale_level(grads[i], size_of(sizes[i]).to(tl.int64), factor.to(tl.float64), BLOCK)
+            else:
+                scale_level(grads[i], size_of(sizes[i]).to(tl.int64), factor.to(tl.float32), BLOCK)
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -14,27 +14,29 @@ from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype
 from frs_kernels.triton import levels as lv
-from frs_kernels.triton.levels import find_level, pick, size_of, tile_offsets
+from frs_kernels.triton.levels import find_level, pick, size_of, tile_offsets, tile_start
 from frs_kernels.triton.pointwise import sigmoid
 from frs_kernels.triton.slots import store_partial, sum_level, workspace
 
 
 @triton.jit
 def max_over_channels(
-    z_ptr, n, p, channels, hw, inner, width, strides, level,
-    LAYOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    z_ptr, n, p0, channels, hw, inner, width, strides, level,
+    LAYOUT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     if LAYOUT == "nchw":
         hw = inner
     else:
         channels = inner
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    in_level = p < hw - p0
+    at = tile_offsets(c, p, p0, channels, hw, width, strides, level, LAYOUT, INDEX)
     best = tl.full((BLOCK_C, BLOCK_P), float("-inf"), ACC)
     for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = (c < channels)[:, None] & (p < hw)[None, :]
-        offsets = tile_offsets(n, c, p, channels, hw, width, strides, level, LAYOUT)
-        z = tl.load(z_ptr + offsets, mask=mask, other=float("-inf"))
-        z = z.to(ACC)
+        start = tile_start(n, c0, p0, channels, hw, strides, level, LAYOUT)
+        mask = (c < channels - c0)[:, None] & in_level[None, :]
+        z = tl.load(z_ptr + start + at, mask=mask, other=float("-inf")).to(ACC)
         best = tl.where((z > best) | (z != z), z, best)  # tl.maximum has no NaN-keeping form for fp64
     found_nan = tl.max((best != best).to(tl.int32), 0)
     return tl.where(found_nan > 0, float("nan"), tl.max(best, 0))
@@ -44,52 +46,56 @@ def max_over_channels(
 def score_kernel(
     logits, scores_ptr, mass_ptr, slots_ptr, counter_ptr,
     starts, positions, channels, sizes, widths, strides,
-    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    LAYOUT: tl.constexpr, INDEX: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = scores_ptr.dtype.element_ty
+    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4  # unaligned elements have an address each: fewer, to save registers
     level, tile = find_level(starts)
     z_ptr = pick(logits, level)
     k = size_of(pick(channels, level))
     hw = size_of(pick(sizes, level))
     width = size_of(pick(widths, level))
-
     tiles = tl.cdiv(hw, BLOCK_P)
-    n = (tile // tiles).to(tl.int64)
-    p = (tile % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tile // tiles
+    p0 = tile % tiles * BLOCK_P
 
     inner = hw if LAYOUT == "nchw" else k
     if inner % VECTOR == 0:
         # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads
         top = max_over_channels(
-            z_ptr, n, p, k, hw, inner // VECTOR * VECTOR, width, strides, level,
-            LAYOUT, ACC, BLOCK_C, BLOCK_P,
+            z_ptr, n, p0, k, hw, inner // VECTOR * VECTOR, width, strides, level,
+            LAYOUT, INDEX, ACC, BLOCK_C, BLOCK_P,
         )  # fmt: skip
     else:
-        top = max_over_channels(z_ptr, n, p, k, hw, inner, width, strides, level, LAYOUT, ACC, BLOCK_C, BLOCK_P)
+        top = max_over_channels(
+            z_ptr, n, p0, k, hw, inner, width, strides, level, LAYOUT, INDEX, ACC, NARROW_C, BLOCK_P
+        )
 
+    p = p0 + tl.arange(0, BLOCK_P)
     s = tl.where(p < hw, sigmoid(top), 0.0)
-    tl.store(scores_ptr + size_of(pick(positions, level)) + n * hw + p, s, mask=p < hw)
+    tl.store(scores_ptr + size_of(pick(positions, level)) + n.to(tl.int64) * hw + p, s, mask=p < hw)
     if store_partial(slots_ptr, counter_ptr, tl.sum(s)):
-        for i in tl.static_range(len(logits)):
-            tl.store(mass_ptr + i, sum_level(slots_ptr, starts, i, 512).to(ACC))
+        for i in range(len(logits)):
+            tl.store(mass_ptr + i, sum_level(slots_ptr, starts, i).to(ACC))
         tl.store(counter_ptr, 0)
 
 
-def tile_of(layout: str, channels: int) -> lv.Tile:
-    """2,048 logits a step of 128 threads: 16 each, one or two 16-byte loads in flight and at most 64 registers of data.
+def tile_of(layout: str, channels: int, dtype: torch.dtype) -> lv.Tile:
+    """2,048 logits a step of 128 threads: 16 each, one or two 16-byte loads in flight; fp64 half of it.
 
     The positions of a program are few, because it walks over all K alone and the coarse levels have few positions.
     """
-    if channels <= 4:
-        return lv.Tile(4, 512, 4)
-    return lv.Tile(32, 64, 4) if layout != "nhwc" else lv.Tile(128 if channels > 64 else 64, 16, 4)
+    positions = 16 // (2 if dtype == torch.float64 else 1)
+    if channels <= 4 and layout != "strided":
+        return lv.Tile(4, 32 * positions, 4)
+    return lv.Tile(128, positions, 4) if layout == "nhwc" else lv.Tile(32, 4 * positions, 4)
 
 
 def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Launch `score_kernel`; shapes as in `frs_kernels.reference.score`."""
     dtype, device = accumulate_dtype(*logits), logits[0].device
     layout = lv.layout_of(logits)
-    tile = tile_of(layout, max(z.shape[1] for z in logits))
+    tile = tile_of(layout, max(z.shape[1] for z in logits), dtype)
     grid = lv.grid_of(tuple(z.shape for z in logits), tile, chunk=0)
     scores = torch.empty(grid.total_positions, dtype=dtype, device=device)
     if not grid.programs:
@@ -99,7 +105,7 @@ def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         score_kernel[(grid.programs,)](
             tuple(logits), scores, mass, *workspace(device, grid.programs),
             grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths, lv.strides_of(logits, layout),
-            LAYOUT=layout, VECTOR=lv.vector_width(logits), BLOCK_C=tile.channels, BLOCK_P=tile.positions,
-            num_warps=tile.num_warps,
+            LAYOUT=layout, INDEX=lv.index_dtype(logits, tile, layout), VECTOR=lv.vector_width(logits),
+            BLOCK_C=tile.channels, BLOCK_P=tile.positions, num_warps=tile.num_warps,
         )  # fmt: skip
     return scores, mass

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from frs_kernels.triton.levels import size_of
+from frs_kernels.triton.levels import pick, size_of
 
 _workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
@@ -48,10 +48,11 @@ def store_partial(slots_ptr, counter_ptr, partial):
 
 
 @triton.jit
-def sum_level(slots_ptr, starts, level: tl.constexpr, BLOCK: tl.constexpr):
+def sum_level(slots_ptr, starts, level):
     """The sum of a level's slots, in fp64 and in slot order."""
-    first = size_of(starts[level])
-    last = size_of(starts[level + 1])
+    BLOCK: tl.constexpr = 512
+    first = size_of(pick(starts, level))
+    last = size_of(pick(starts, level + 1))
     sums = tl.zeros((BLOCK,), tl.float64)
     for slot in range(first, last, BLOCK):
         slots = slot + tl.arange(0, BLOCK)

@@ -1,0 +1,37 @@
+# Every target makes .venv if it is missing and installs what constraints-dev.txt pins. Nothing else to type.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: install demo test lint bench codegen clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: a build that asks for it finds it there, pinned.
+$(VENV)/.installed: constraints-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m examples.digits $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/bench_loss.py
+
+codegen: install
+	$(BIN)/python tools/codegen.py --write
+
+clean:
+	rm -rf $(VENV) build *.egg-info
