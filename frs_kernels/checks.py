@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ def check_option(name: str, value: object, valid: Sequence[str]) -> None:
 def check_number(name: str, value: Any, *, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not 0 <= value < float("inf") or (positive and value == 0):  # math.isfinite takes no symbolic float of Dynamo's
         raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'} and finite, got {value}")
 
 
-def check_weight(name: str, value: Any, device: torch.device) -> None:
+def check_weight(name: str, value: Any, device: torch.device | None) -> None:
     """A number, or a 0-dim floating-point tensor on the device of the levels."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -41,12 +40,13 @@ def check_weight(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
 
 
-def check_level_weights(value: Any, levels: int) -> None:
+def check_level_weights(value: Any, levels: int | None) -> None:
+    """None, or a number a level; `levels` is None where their number is not known yet."""
     if value is None:
         return
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"level_weights must be a list of numbers, one a level, got {type(value).__name__}")
-    if len(value) != levels:
+    if levels is not None and len(value) != levels:
         raise ValueError(f"level_weights has {len(value)} entries, there are {levels} levels")
     for level, weight in enumerate(value):
         check_number(f"level_weights[{level}]", weight, positive=False)

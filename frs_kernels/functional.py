@@ -149,7 +149,8 @@ def fsr_loss(
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
         mask: a list of (N, H, W) floating-point tensors, used as S instead of the richness score.
-        process_group: M_l is averaged over its ranks, so that averaged gradients are those of the joint batch.
+        process_group: M_l is averaged over its ranks, so that averaged gradients are those of the joint batch (whose
+            eps would be that of a rank times their number).
         grad_mode: "forward" computes the gradient in the forward pass (less traffic, one backward per graph),
             "backward" in the backward pass (fp16 does not underflow before the loss scale; any number of backwards),
             "auto": backward for fp16 and fp64 students, forward for fp32 and bf16. With return_terms and a weight

@@ -43,11 +43,12 @@ class FSRLoss(nn.Module):
         checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
         checks.check_number("temperature", temperature, positive=True)
         checks.check_number("eps", eps, positive=False)
+        checks.check_level_weights(level_weights, None)
         self.feat_weight: Weight
         self.cls_weight: Weight
         for name, weight in (("feat_weight", feat_weight), ("cls_weight", cls_weight)):
+            checks.check_weight(name, weight, getattr(weight, "device", None))
             if isinstance(weight, Tensor):
-                checks.check_weight(name, weight, weight.device)
                 self.register_buffer(name, weight.detach().clone(), persistent=False)
             else:
                 setattr(self, name, weight)

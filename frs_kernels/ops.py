@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from frs_kernels import reference
 from frs_kernels.levels import accumulate_dtype, positions
@@ -193,8 +192,15 @@ class Imitation(torch.autograd.Function):
         return (losses[0] if len(losses) == 1 else losses[0] + losses[1], *values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = Imitation.gradients(ctx, loss_grad, *value_grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return tuple(None if g is None else _once(g) for g in results)
+        return tuple(results)
+
+    @staticmethod
+    def gradients(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> list[Tensor | None]:
         plan: Plan = ctx.plan
         if ctx.spent:
             raise RuntimeError(
@@ -239,7 +245,28 @@ class Imitation(torch.autograd.Function):
             results += [None] * term.levels
         for factor, kept in to_scale:
             verbs.scale_(kept, factor)
-        return tuple(results)
+        return results
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose own gradient is an error.
+
+    `once_differentiable` raises only where the upstream gradient requires a gradient itself; a gradient penalty beside
+    another loss would lose its gradient without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("frs_kernels: the loss is differentiable once; its gradient has no gradient")
+
+
+def _once(grad: Tensor) -> Tensor:
+    result: Tensor = _Once.apply(grad.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return result
 
 
 def imitation(plan: Plan, scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:

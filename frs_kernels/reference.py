@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype, split_levels
@@ -75,7 +76,9 @@ def imitate(
         if want_loss:
             values.append((share * value.sum(1)).sum())
         if want_grad:
-            grads.append(torch.empty_like(s).copy_((upstream * share).unsqueeze(1) * slope))
+            grad = slope * (upstream * share).unsqueeze(1)
+            same = grad.dtype == s.dtype and grad.stride() == s.stride()
+            grads.append(grad if same else torch.empty_like(s).copy_(grad))
     if not want_loss:
         return scores.new_empty(0), scores.new_empty(0), grads
     per_level = torch.stack(values)
@@ -89,21 +92,24 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def pointwise(x: Tensor, z: Tensor, loss: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Loss of one student value x against the teacher's z, and its derivative by x.
+    """Loss of the student's x against the teacher's z, and its derivative by x, element by element.
 
-    With e = exp(-|x|) and tail = sigmoid(-|x|) = e / (1 + e) nothing cancels at either end:
-    sigmoid(x) - sigmoid(z) is a difference of tails when the signs agree, and
-    bce = log1p(e) + |x| * (what sigmoid(z) lacks of the side x is on).
+    bce is softplus(x) - x sigmoid(z), kl is bce(x, z) - bce(z, z), and the derivative of both sigmoid(x) - sigmoid(z).
+    Mirrored, so that the student is on the positive side, none of them cancels where logits saturate:
+    with miss = sigmoid(-z), or sigmoid(z) where x < 0,
+
+        bce = softplus(-|x|) + |x| miss        derivative = sign(x) (miss - sigmoid(-|x|))
     """
     if loss == "mse":
         return (x - z).square(), 2 * (x - z)
-    x, z = x / temperature, z / temperature
-    ex, ez = torch.exp(-x.abs()), torch.exp(-z.abs())
-    tail_x, tail_z = ex / (1 + ex), ez / (1 + ez)
-    same = (x >= 0) == (z >= 0)
-    value = torch.log1p(ex) + x.abs() * torch.where(same, tail_z, 1 - tail_z)
+    if temperature != 1:
+        value, slope = pointwise(x / temperature, z / temperature, loss, 1.0)
+        return value * temperature**2, slope * temperature
+    positive, near = x >= 0, -x.abs()
+    miss = torch.sigmoid(torch.where(positive, -z, z))
+    value = F.softplus(near) - near * miss
     if loss == "kl":
-        value = value - (torch.log1p(ez) + z.abs() * tail_z)
-    slope = torch.where(same, tail_z - tail_x, 1 - tail_x - tail_z)
-    slope = torch.where(x >= 0, slope, -slope)
-    return value * temperature**2, slope * temperature
+        near_z = -z.abs()
+        value = value - (F.softplus(near_z) - near_z * torch.sigmoid(near_z))
+    slope = miss - torch.sigmoid(near)
+    return value, torch.where(positive, slope, -slope)

@@ -56,8 +56,8 @@ def reading(results: dict[str, Any]) -> list[str]:
     meant = (
         f"It shows that distilling with the loss works, {gain['both']:+.1f} AP, and not more: much of the gain is "
         f"faster convergence ({gain['both-long']:+.1f} AP on the long schedule), and an all-ones mask with the same "
-        f"weights reaches {ap['ones']:.1f} AP against {ap['both']:.1f} ({ap50:+.1f} AP50), so it does not show the richness mask "
-        "to be better than no mask."
+        f"weights reaches {ap['ones']:.1f} AP against {ap['both']:.1f} ({ap50:+.1f} AP50), so it does not show the "
+        "richness mask to be better than no mask."
     )
     return [shown, "", meant]
 

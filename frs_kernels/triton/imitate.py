@@ -122,17 +122,18 @@ def imitate_kernel(
             tl.store(counter_ptr, 0)
 
 
-POSITIONS = {"mse": 256, "bce": 128, "kl": 64}
+# Positions of a tile by loss and by bytes of the widest input: 16 elements a thread for mse, down to 2 for fp64 bce.
+# As many as fit in 128 registers without a spill (docs/codegen.md): at 16 elements bce took 161, fp64 up to 255.
+POSITIONS = {
+    "mse": {2: 256, 4: 256, 8: 64},
+    "bce": {2: 128, 4: 128, 8: 32},
+    "kl": {2: 128, 4: 64, 8: 32},
+}
 
 
-def tile_of(layout: str, channels: int, loss: str, dtype: torch.dtype) -> tuple[lv.Tile, int]:
-    """The tile, and the channels a program walks over (CHUNK).
-
-    A step of 128 threads is 2,048 elements for mse, 16 a thread: two (bf16) or four (fp32) 16-byte loads in flight a
-    tensor. bce and kl need more registers, so 1,024 and 512 elements, fp64 a quarter of each: with 2,048 bce took 161
-    registers and fp64 up to 255 (docs/codegen.md has what they take now).
-    """
-    positions = POSITIONS[loss] // (4 if dtype == torch.float64 else 1)
+def tile_of(layout: str, channels: int, loss: str, itemsize: int) -> tuple[lv.Tile, int]:
+    """The tile of 128 threads, and the channels a program walks over (CHUNK)."""
+    positions = POSITIONS[loss][itemsize]
     small = lv.Tile(4, 2 * positions, 4), 4
     if layout == "nhwc":
         return (lv.Tile(64, positions // 8, 4), 256) if channels > 4 else small
@@ -158,7 +159,8 @@ def imitate(
     grads = [torch.empty_like(x) for x in student] if want_grad else []
     shapes = tuple(x.shape for x in student)
     layout = lv.layout_of(student, teacher, grads)
-    tile, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, dtype)
+    itemsize = max(student[0].element_size(), teacher[0].element_size())
+    tile, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, itemsize)
     grid = lv.grid_of(shapes, tile, chunk)
     new = torch.empty if grid.programs else torch.zeros
     total = new(() if want_loss else 0, dtype=dtype, device=device)

@@ -1,11 +1,11 @@
 """The pointwise maths of the Triton kernels: loss and slope of one student value against one teacher value.
 
     mse   value = (x - z)^2                             slope = 2 (x - z)
-    bce   value = log1p(e) + |x| * miss                 slope = sigmoid(x) - sigmoid(z)
-    kl    value = bce(x, z) - bce(z, z)                 slope = sigmoid(x) - sigmoid(z)
+    bce   value = log1p(e) + |x| miss                   slope = sign(x) (miss - tail)  = sigmoid(x) - sigmoid(z)
+    kl    value = bce(x, z) - bce(z, z)                 slope as bce
 
-with e = exp(-|x|), tail = sigmoid(-|x|) = e / (1 + e) and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0.
-Everything goes through the tails, so nothing cancels where a logit saturates (docs/math.md).
+with e = exp(-|x|), tail = e / (1 + e) = sigmoid(-|x|), and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0.
+Mirrored so that the student is on the positive side, nothing cancels where a logit saturates (docs/math.md).
 """
 
 import triton
@@ -44,13 +44,13 @@ def tail_and_log1p(e):
 @triton.jit
 def bernoulli(x, z, KL: tl.constexpr):
     """bce or kl of the logits x against z, and sigmoid(x) - sigmoid(z)."""
-    tail_x, log1p_x = tail_and_log1p(tl.exp(-tl.abs(x)))
+    tail, log1p = tail_and_log1p(tl.exp(-tl.abs(x)))
     tail_z, log1p_z = tail_and_log1p(tl.exp(-tl.abs(z)))
-    same = (x >= 0) == (z >= 0)
-    value = log1p_x + tl.abs(x) * tl.where(same, tail_z, 1.0 - tail_z)
+    miss = tl.where((x >= 0) == (z >= 0), tail_z, 1.0 - tail_z)
+    value = log1p + tl.abs(x) * miss
     if KL:
         value -= log1p_z + tl.abs(z) * tail_z
-    slope = tl.where(same, tail_z - tail_x, 1.0 - tail_x - tail_z)
+    slope = miss - tail
     return value, tl.where(x >= 0, slope, -slope)
 
 

@@ -50,7 +50,7 @@ def store_partial(slots_ptr, counter_ptr, partial):
 @triton.jit
 def sum_level(slots_ptr, starts, level):
     """The sum of a level's slots, in fp64 and in slot order."""
-    BLOCK: tl.constexpr = 512
+    BLOCK: tl.constexpr = 256
     first = size_of(pick(starts, level))
     last = size_of(pick(starts, level + 1))
     sums = tl.zeros((BLOCK,), tl.float64)

@@ -1,0 +1,247 @@
+"""Train a detector, alone or taught with `fsr_loss`; keep checkpoints and finished runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import frs_kernels
+
+from .coco import COCO_SIDES, Detections, Split, evaluate
+from .detector import Detector, Outputs, Size, detect, detection_loss
+from .progress import Advance, silent
+
+GLIMPSE = 100
+"""Validation pictures that the curve of AP over the iterations is measured on."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a cosine from `lr` to zero after a linear warm-up; gradients clipped."""
+
+    iterations: int
+    lr: float
+    batch: int = 16
+    warmup: int = 50
+    check_every: int = 100
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a student is taught; a weight of zero leaves that term out altogether.
+
+    Both weights rise from zero over the first `ramp` iterations. `all_ones` replaces the
+    richness mask by ones.
+    """
+
+    feat_weight: float
+    cls_weight: float
+    ramp: int
+    all_ones: bool = False
+    backend: str = "auto"
+
+
+@dataclass
+class Run:
+    """A finished training, or the state of one under way."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    """A value an iteration of each term: "detection", and "feat" and "cls" if distilled."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """Iterations done and the AP then on the first `GLIMPSE` validation pictures."""
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def step_ms(self) -> float:
+        return 1000 * statistics.median(self.step_seconds)
+
+
+class TeacherOutputs:
+    """A teacher's features and logits on the training pictures.
+
+    They are kept in half precision if they take no more than `limit_gb`, and else computed anew
+    for every batch.
+    """
+
+    def __init__(
+        self,
+        teacher: Detector,
+        pictures: Tensor,
+        limit_gb: float = 2.0,
+        advance: Advance = silent,
+    ) -> None:
+        self.teacher, self.pictures = teacher.eval(), pictures
+        self.cached: tuple[list[Tensor], list[Tensor]] | None = None
+        values = sum(level[0].numel() for group in self._compute(pictures[:1]) for level in group)
+        if 2 * values * len(pictures) <= limit_gb * 1e9:
+            parts = []
+            for start in range(0, len(pictures), 50):
+                parts.append(self._compute(pictures[start : start + 50]))
+                advance(min(start + 50, len(pictures)))
+            features, logits = zip(*parts, strict=True)
+            self.cached = _join(features), _join(logits)
+        else:
+            advance(len(pictures))
+
+    @torch.no_grad()
+    def _compute(self, pictures: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        outputs = self.teacher(channels_last(pictures))
+        return [f.half() for f in outputs.features], [z.half() for z in outputs.logits]
+
+    def batch(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Features (N, C, H, W) and logits (N, K, H, W) a level in single precision."""
+        if self.cached is None:
+            features, logits = self._compute(self.pictures[rows])
+        else:
+            features, logits = ([level[rows] for level in group] for group in self.cached)
+        return [f.float() for f in features], [z.float() for z in logits]
+
+
+def _join(parts: tuple[list[Tensor], ...]) -> list[Tensor]:
+    return [torch.cat(levels) for levels in zip(*parts, strict=True)]
+
+
+def channels_last(pictures: Tensor) -> Tensor:
+    """The layout that convolutions are fastest in, on processors as on most accelerators."""
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@torch.no_grad()
+def predict(model: Detector, pictures: Tensor) -> list[Detections]:
+    """Detections in each of the pictures (N, 3, S, S)."""
+    model.eval()
+    found = []
+    for part in pictures.split(50):
+        found += detect(model(channels_last(part)), pictures.shape[-1])
+    return found
+
+
+def distillation_terms(
+    how: Distillation,
+    adapter: nn.Module | None,
+    outputs: Outputs,
+    teacher: tuple[list[Tensor], list[Tensor]],
+    ramp: float,
+) -> frs_kernels.FSRTerms:
+    """The terms of `fsr_loss`, its two weights times `ramp`."""
+    features, logits = teacher
+    ones = [torch.ones_like(level[:, 0]) for level in logits] if how.all_ones else None
+    return frs_kernels.fsr_loss(
+        adapter(outputs.features) if adapter else None,
+        features if adapter else None,
+        outputs.logits if how.cls_weight else None,
+        logits,
+        feat_weight=ramp * how.feat_weight,
+        cls_weight=ramp * how.cls_weight,
+        mask=ones,
+        backend=how.backend,
+        return_terms=True,
+    )
+
+
+def train(
+    size: Size,
+    splits: tuple[Split, Split],
+    schedule: Schedule,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    sides: tuple[float, float] = COCO_SIDES,
+    how: Distillation | None = None,
+    teacher: TeacherOutputs | None = None,
+    advance: Advance = silent,
+) -> tuple[Detector, Run]:
+    """Train on the first split and judge on the second.
+
+    `folder` keeps the checkpoint: a training that finished there is read back, one that was
+    interrupted goes on. `advance` is told the iterations done. The student's first weights and
+    the order of the pictures depend on `seed` alone, so that seeds compare pair by pair.
+    """
+    data, val = splits
+    torch.manual_seed(seed)
+    model = Detector(size, len(data.names)).to(memory_format=torch.channels_last).to(device)
+    adapter: nn.Module | None = None
+    if how and how.feat_weight and teacher:
+        channels = [level.shape[1] for level in teacher.batch(torch.tensor([0]))[0]]
+        adapter = frs_kernels.FeatureAdapter(size.fpn, channels[0], len(channels)).to(device)
+    whole = nn.ModuleList([model] + ([adapter] if adapter else []))
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=schedule.lr, weight_decay=1e-4)
+
+    run, first = Run(), 0
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        whole.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        run, first = Run(**state["run"]), state["iteration"]
+    note = "kept" if first == schedule.iterations else f"resumed at {first}" if first else ""
+    advance(first, note=note)
+    for iteration in range(first, schedule.iterations):
+        start = time.perf_counter()
+        model.train()
+        rows = batch_rows(len(data), schedule.batch, iteration, seed)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * rate(schedule, iteration)
+        outputs = model(channels_last(data.pictures[rows]))
+        loss = detection_loss(outputs, data.boxes[rows], data.labels[rows])
+        terms = {"detection": loss}
+        if how and teacher:
+            ramp = min(1.0, (iteration + 1) / how.ramp)
+            fsr = distillation_terms(how, adapter, outputs, teacher.batch(rows), ramp)
+            terms |= {"feat": fsr.feat, "cls": fsr.cls}
+            loss = loss + fsr.loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), 10.0)
+        optimizer.step()
+        for name, term in terms.items():
+            run.losses.setdefault(name, []).append(term.item())
+        run.step_seconds.append(time.perf_counter() - start)
+
+        done = iteration + 1
+        advance(done)
+        if done % schedule.check_every == 0 or done == schedule.iterations:
+            glimpse = evaluate(val, predict(model, val.pictures[:GLIMPSE]), sides)["AP"]
+            run.curve.append((done, glimpse or 0.0))
+            if done == schedule.iterations:
+                run.metrics = evaluate(val, predict(model, val.pictures), sides)
+            state = {"weights": whole.state_dict(), "optimizer": optimizer.state_dict()}
+            save(state | {"run": asdict(run), "iteration": done}, checkpoint)
+    return model.eval(), run
+
+
+def batch_rows(pictures: int, batch: int, iteration: int, seed: int) -> Tensor:
+    """The pictures of one iteration: a new order each epoch, the remainder left out."""
+    batch = min(batch, pictures)
+    epoch, place = divmod(iteration, pictures // batch)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(pictures, generator=generator)[place * batch : (place + 1) * batch]
+
+
+def rate(schedule: Schedule, iteration: int) -> float:
+    warm = min(1.0, (iteration + 1) / schedule.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * iteration / schedule.iterations))
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write `path` in one go: a run that is stopped while writing leaves the old checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)

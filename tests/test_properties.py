@@ -1,0 +1,133 @@
+"""What holds for every input: backends agree, scaling laws, ranges. Hypothesis looks for the input that breaks it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKENDS, FLOATS, assert_right, close, relative, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from truth import LAYOUTS, Pyramid, pyramid
+
+from frs_kernels import backends, fsr_loss, masked_imitation_loss, richness_mask
+
+EXAMPLES = int(os.environ.get("TEST_EXAMPLES", "12"))
+few = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+HERE = [case for case in BACKENDS if (case[1] == "cpu" or torch.cuda.is_available()) and not backends.why_not(*case)]
+
+levels = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3)
+channels = st.integers(1, 12)
+dtypes = st.sampled_from(FLOATS)
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def pyramids(draw: st.DrawFn, **fixed: Any) -> Pyramid:
+    options = {
+        "sizes": draw(levels),
+        "channels": draw(channels),
+        "classes": draw(channels),
+        "dtype": draw(dtypes),
+        "teacher_dtype": draw(dtypes),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "teacher_layout": draw(st.sampled_from(LAYOUTS)),
+        "spread": draw(st.sampled_from([0.1, 3.0, 20.0])),
+    }
+    return pyramid(torch.Generator().manual_seed(draw(seeds)), **options | fixed)
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "cls_loss": draw(st.sampled_from(["bce", "kl"])),
+        "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
+        "normalizer": draw(st.sampled_from(["mass", "mass_channels"])),
+        "eps": draw(st.sampled_from([0.0, 1e-9, 2.0])),
+        "feat_weight": draw(st.sampled_from([0.0, 0.005, 1.0])),
+        "cls_weight": draw(st.sampled_from([0.0, 0.05, 2.0])),
+    }
+
+
+@pytest.mark.parametrize(("backend", "device"), HERE)
+@given(data=st.data())
+@few
+def test_every_backend_is_right_for_any_shape_dtype_layout_and_option(backend, device, data):
+    p = data.draw(pyramids()).map(lambda v: torch.empty_like(v, device=device).copy_(v))
+    assert_right(p, backend, **data.draw(choices()))
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), factor=st.floats(0.01, 8))
+@few
+def test_the_loss_is_linear_in_its_weights(p, factor):
+    one, none, some = (run(p, "torch", feat_weight=w, cls_weight=-2 * w) for w in (1.0, 0.0, factor))
+    assert none.loss == 0
+    assert abs(some.loss - factor * one.loss) <= 1e-14 * factor * (one.feat + 2 * one.cls)
+    for a, b in zip(some.grads, one.grads, strict=True):
+        assert close(a, factor * b)
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), order=st.randoms(use_true_random=False))
+@few
+def test_levels_in_another_order_give_the_same_values_in_that_order(p, order):
+    indices = list(range(len(p.s)))
+    order.shuffle(indices)
+    shuffled = Pyramid(*([v[i] for i in indices] for v in p.inputs))
+    a, b = run(p, "torch"), run(shuffled, "torch")
+    assert torch.equal(a.feat_per_level[indices], b.feat_per_level)
+    assert torch.equal(a.cls_per_level[indices], b.cls_per_level)
+    assert torch.equal(a.mass[indices], b.mass)
+    assert relative(a.loss, b.loss) <= 1e-14
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64, sizes=((4, 3, 2), (4, 1, 1))))
+@few
+def test_a_batch_in_two_halves_with_the_mean_mass_is_the_whole_batch(p):
+    """What process_group does, without processes: the halves' losses over the mean mass average to the whole's."""
+    whole = run(p, "torch")
+    halves = [Pyramid(*([v.detach()[part] for v in each] for each in p.inputs)) for part in (slice(0, 2), slice(2, 4))]
+    total = 0.0
+    for half in halves:
+        scores, mass = richness_mask(half.z, backend="torch")
+        local = run(half.map(torch.clone), "torch")
+        total = total + ((local.feat_per_level + local.cls_per_level) * mass / (whole.mass / 2)).sum() / 2
+        assert len(scores) == 2
+    assert relative(total, whole.loss) <= 1e-13
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64))
+@few
+def test_kl_is_never_negative_and_zero_where_they_agree(p):
+    kl = run(p, "torch", cls_loss="kl").cls_per_level
+    bce = run(p, "torch", cls_loss="bce").cls_per_level
+    assert (kl >= -1e-15 * bce).all()
+    assert (kl <= bce).all()
+    same = Pyramid(p.t, p.t, p.z, p.z).map(torch.clone)
+    assert run(same, "torch", cls_loss="kl").loss == 0
+    assert not any(g.any() for g in run(same, "torch").grads)
+
+
+@given(p=pyramids())
+@few
+def test_scores_are_probabilities_and_the_mass_is_their_sum(p):
+    scores, mass = richness_mask(p.z, backend="torch")
+    for s, m, z in zip(scores, mass, p.z, strict=True):
+        assert s.min() >= 0
+        assert s.max() <= 1
+        assert 0 <= m <= s.numel() * (1 + 1e-6)
+        best = torch.sigmoid(z.double()).amax(1)
+        assert relative(s, best) <= 4 * torch.finfo(torch.float32).eps
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), factor=st.floats(0.01, 100))
+@few
+def test_a_mask_may_be_scaled(p, factor):
+    """The mass takes the factor out again."""
+    mask = [z.sigmoid().amax(1) for z in p.z]
+    plain, scaled = (masked_imitation_loss(p.s, p.t, [m * f for m in mask], backend="torch") for f in (1.0, factor))
+    assert relative(scaled, plain) <= 1e-13
+    assert relative(fsr_loss(p.s, p.t, None, p.z, backend="torch"), plain) <= 1e-13

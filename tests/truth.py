@@ -1,0 +1,193 @@
+"""The loss three more times, none from the package: in fp64 as docs define it, as its authors wrote it, and eager.
+
+    truth     fp64, softplus form, gradients by autograd
+    authors   sigmoids of both sides first, then BCE: what the paper's code does; right for |logit| <= 10
+    eager     the logits form that a user writes in plain PyTorch; its own error sets the bounds of the tests
+
+And the makers of random pyramids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Levels = list[Tensor]
+SMALL = ((2, 8, 12), (2, 3, 7), (2, 1, 1))  # (N, H, W) a level
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned")
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Student and teacher: features (s, t) and class logits (x, z)."""
+
+    s: Levels | None
+    t: Levels | None
+    x: Levels | None
+    z: Levels | None
+
+    @property
+    def inputs(self) -> tuple[Levels | None, Levels | None, Levels | None, Levels | None]:
+        """In the order of `fsr_loss`."""
+        return self.s, self.t, self.x, self.z
+
+    @property
+    def student(self) -> Levels:
+        return [*(self.s or []), *(self.x or [])]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pyramid:
+        """The pyramid with every tensor changed; the student's become leaves that require a gradient."""
+
+        def each(levels: Levels | None, grad: bool) -> Levels | None:
+            return None if levels is None else [change(v.detach()).detach().requires_grad_(grad) for v in levels]
+
+        return Pyramid(each(self.s, True), each(self.t, False), each(self.x, True), each(self.z, False))
+
+    def to(self, dtype: torch.dtype) -> Pyramid:
+        return self.map(lambda v: v.to(dtype))
+
+    def without(self, *names: str) -> Pyramid:
+        return replace(self, **dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Answer:
+    loss: Tensor
+    feat: Tensor
+    cls: Tensor
+    feat_per_level: Tensor
+    cls_per_level: Tensor
+    mask: Levels
+    mass: Tensor
+    grads: Levels  # of the student's features, then of its logits
+
+
+def _answer(
+    p: Pyramid,
+    cls_value: Callable[[Tensor, Tensor], Tensor],
+    *,
+    feat_weight: float | Tensor = 1.0,
+    cls_weight: float | Tensor = 1.0,
+    normalizer: str = "mass",
+    eps: float = 0.0,
+    level_weights: Sequence[float] | None = None,
+    mask: Levels | None = None,
+) -> Answer:
+    levels = len(p.t or p.z or [])
+    feats, classes, masks, masses = [], [], [], []
+    for level in range(levels):
+        S = torch.sigmoid(p.z[level]).amax(1) if mask is None else mask[level].to((p.t or p.z)[level].dtype)
+        w = 1.0 if level_weights is None else level_weights[level]
+        M = S.sum()
+
+        def normalised(value: Tensor, M: Tensor = M, S: Tensor = S, w: float = w) -> Tensor:
+            norm = M * (value.shape[1] if normalizer == "mass_channels" else 1) + eps
+            return (w * S.unsqueeze(1) * value / norm).sum() if norm != 0 else 0.0 * value.sum()
+
+        zero = S.new_zeros(())
+        feats.append(normalised((p.s[level] - p.t[level]) ** 2) if p.s else zero)
+        classes.append(normalised(cls_value(p.x[level], p.z[level])) if p.x else zero)
+        masks.append(S)
+        masses.append(M)
+    feat, cls = sum(feats), sum(classes)
+    loss = feat_weight * feat + cls_weight * cls
+    grads = torch.autograd.grad(loss, p.student) if loss.requires_grad else ()
+    per_level = (torch.stack(feats).detach(), torch.stack(classes).detach())
+    return Answer(
+        loss.detach(), feat.detach(), cls.detach(), *per_level, masks, torch.stack(masses), [g.detach() for g in grads]
+    )
+
+
+def softplus(v: Tensor) -> Tensor:
+    return F.softplus(v, threshold=50)  # beyond 50 fp64 does not see the difference from v
+
+
+def truth(p: Pyramid, *, cls_loss: str = "bce", temperature: float = 1.0, **options: Any) -> Answer:
+    """The definition, in fp64, of the values the tensors hold."""
+
+    def value(x: Tensor, z: Tensor) -> Tensor:
+        x, z = x / temperature, z / temperature
+        bce = softplus(x) - x * torch.sigmoid(z)
+        entropy = softplus(z) - z * torch.sigmoid(z)
+        return temperature**2 * (bce - entropy if cls_loss == "kl" else bce)
+
+    return _answer(p.to(torch.float64), value, **options)
+
+
+def authors(p: Pyramid, **options: Any) -> Answer:
+    """What the paper's code computes, in the dtype of the inputs."""
+    return _answer(
+        p.map(torch.clone), lambda x, z: F.binary_cross_entropy(x.sigmoid(), z.sigmoid(), reduction="none"), **options
+    )
+
+
+def eager(
+    p: Pyramid, *, dtype: torch.dtype = torch.float32, cls_loss: str = "bce", temperature: float = 1.0, **options: Any
+) -> Answer:
+    """What a user writes with PyTorch's own losses, in `dtype`."""
+
+    def value(x: Tensor, z: Tensor) -> Tensor:
+        x, z = x / temperature, z / temperature
+        bce = F.binary_cross_entropy_with_logits(x, z.sigmoid(), reduction="none")
+        if cls_loss == "kl":
+            bce = bce - F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none")
+        return temperature**2 * bce
+
+    return _answer(p.to(dtype), value, **options)
+
+
+def lay_out(v: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; what lies around them is NaN."""
+    n, c, h, w = v.shape
+    if layout == "contiguous":
+        return v.contiguous()
+    if layout == "channels_last":
+        return v.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return v.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "sliced":
+        big = v.new_full((n, c + 2, h + 1, 2 * w + 1), float("nan"))
+        return big[:, 1 : c + 1, :h, 1::2].copy_(v)
+    if layout == "misaligned":
+        big = v.new_full((v.numel() + 64,), float("nan"))
+        return big[33 : 33 + v.numel()].view(v.shape).copy_(v)
+    raise ValueError(layout)
+
+
+def pyramid(
+    rng: torch.Generator,
+    *,
+    sizes: Sequence[tuple[int, int, int]] = SMALL,
+    channels: int = 5,
+    classes: int = 7,
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.float32,
+    teacher_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    layout: str = "contiguous",
+    teacher_layout: str | None = None,
+    device: str = "cpu",
+    spread: float = 3.0,
+) -> Pyramid:
+    """Random features, and logits with the bias to the negative that a detector's have."""
+
+    def make(count: int, scale: float, shift: float, kind: Any, how: str, grad: bool) -> Levels:
+        kinds = [kind] * len(sizes) if isinstance(kind, torch.dtype) else kind
+        return [
+            lay_out((torch.randn(n, count, h, w, generator=rng) * scale + shift).to(device, k), how).requires_grad_(
+                grad
+            )
+            for (n, h, w), k in zip(sizes, kinds, strict=True)
+        ]
+
+    teacher_dtype = teacher_dtype or dtype
+    teacher_layout = teacher_layout or layout
+    return Pyramid(
+        make(channels, 1.0, 0.0, dtype, layout, True),
+        make(channels, 1.0, 0.2, teacher_dtype, teacher_layout, False),
+        make(classes, spread, -1.0, dtype, layout, True),
+        make(classes, spread, -1.0, teacher_dtype, teacher_layout, False),
+    )

@@ -1,0 +1,73 @@
+"""What the processes of test_distributed.py run; a module of its own, so that they can import it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from truth import Pyramid
+
+from frs_kernels import FSRLoss, fsr_loss
+
+RANKS = 2
+
+
+def launch(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Run `work` in two processes and return what each of them returned."""
+    torch.multiprocessing.spawn(_process, (work, folder, args), nprocs=RANKS, join=True)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _process(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    try:
+        torch.save(work(rank, *args), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def half(rank: int, levels: list[Tensor]) -> list[Tensor]:
+    """This rank's images."""
+    return [v.detach().chunk(RANKS)[rank].clone() for v in levels]
+
+
+def averaged_gradients(rank: int, p: Pyramid, backend: str, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This rank's share of the joint batch's loss and gradients, for each choice of options."""
+    mine = Pyramid(*(half(rank, levels) for levels in p.inputs)).map(torch.clone)
+    results = []
+    for options in choices:
+        loss = fsr_loss(*mine.inputs, process_group=dist.group.WORLD, backend=backend, **options)
+        local = fsr_loss(*mine.inputs, backend=backend, **options).detach()
+        grads = torch.autograd.grad(loss, mine.student)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        results.append({"loss": total / RANKS, "local": local, "grads": [g / RANKS for g in grads]})
+    return results
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.neck = nn.Conv2d(3, 5, 3, padding=1)
+        self.head = nn.Conv2d(5, 7, 1)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        feats = self.neck(images)
+        return [feats], [self.head(feats)]
+
+
+def ddp_gradients(rank: int, images: Tensor, t: list[Tensor], z: list[Tensor], backend: str) -> list[Tensor]:
+    """A step of DistributedDataParallel: the gradients it leaves in the parameters."""
+    model = nn.parallel.DistributedDataParallel(Model())
+    distil = FSRLoss(0.5, 0.1, process_group=dist.group.WORLD, backend=backend)
+    feats, logits = model(images.chunk(RANKS)[rank])
+    loss = distil(feats, half(rank, t), logits, half(rank, z))
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return [v.grad.clone() for v in model.parameters() if v.grad is not None]
