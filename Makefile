@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python -m examples.digits $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -11,6 +12,8 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 _NATIVE = "this version has no compiled core; use backend='auto', 'triton' or 'torch'"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton compiles a launcher in C for what it runs on a GPU.
+_HAS_CC = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 # Triton reads the variable when its kernels are defined, so a later change of it does not count here either.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
@@ -29,10 +32,12 @@ def why_not(backend: str, device_type: str) -> str | None:
         return _NATIVE
     if not _HAS_TRITON:
         return "Triton is not installed; on Linux, pip install triton"
+    if device_type == "cuda" and not _HAS_CC and not _INTERPRET:
+        return "Triton needs a C compiler for its launchers; install gcc or clang and Python's headers"
     if device_type != "cuda" and not _INTERPRET:
         return (
-            f"Triton needs CUDA tensors, these are on {device_type!r}; move them to a GPU, or set TRITON_INTERPRET=1 "
-            "before Python starts to run the kernels on the CPU, for tests only"
+            f"Triton runs on CUDA tensors, not on {device_type!r} ones; move them to a GPU, or, for tests only, set "
+            "TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
         )
     return None
 

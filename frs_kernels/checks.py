@@ -64,7 +64,7 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
             raise TypeError(f"{name}[{level}] must be a tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
             valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise TypeError(f"{name}[{level}] is {x.dtype}; floating-point tensors are needed: {valid}")
+            raise TypeError(f"{name}[{level}] is {x.dtype}; call .float(), floating-point tensors are needed: {valid}")
         if x.layout != torch.strided:
             raise TypeError(f"{name}[{level}] is {x.layout}; call .to_dense()")
         if x.dim() != dims:
@@ -100,5 +100,5 @@ def _check_alike(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tens
         if (x.shape[0], *x.shape[-2:]) != (z.shape[0], *z.shape[-2:]):
             raise ValueError(
                 f"{a_name}[{level}] {tuple(x.shape)} and {b_name}[{level}] {tuple(z.shape)} differ in N, H or W; "
-                "student and teacher must see the same images at the same strides"
+                "all must come from the same images at the same strides"
             )

@@ -154,8 +154,8 @@ def fsr_loss(
         grad_mode: "forward" computes the gradient in the forward pass (less traffic, one backward per graph),
             "backward" in the backward pass (fp16 does not underflow before the loss scale; any number of backwards),
             "auto": backward for fp16 and fp64 students, forward for fp32 and bf16. With return_terms and a weight
-            that is 0 or a tensor, the gradient of `feat` or `cls` alone could not be had from a stored one: that
-            term is computed in the backward pass.
+            that is a tensor or (nearly) 0, the gradient of `feat` or `cls` alone could not be had from a stored
+            one: that term is computed in the backward pass.
         backend: "cuda", "triton", "cpu", "torch" or "auto" (`python -m frs_kernels` says which are here).
         return_terms: return `FSRTerms` instead of the loss.
 
@@ -314,10 +314,10 @@ def _distill(
         mode = _grad_mode(pair, grad_mode, return_terms)
         terms.append(Term(pair.loss, number, float(temperature), len(like), mode))
         norm = _denominator(mass, pair.student, normalizer, eps, level_weights)
-        teacher = pair.teacher
-        if torch.compiler.is_compiling():
-            # Dynamo takes no tensor twice in one autograd.Function: the mass of both terms, a model as its own teacher.
-            norm, teacher = norm.detach(), [t.detach() for t in teacher]
+        # Dynamo takes no tensor twice in one autograd.Function: the mass of both terms, a model as its own teacher.
+        compiling = torch.compiler.is_compiling()
+        norm = norm.detach() if compiling else norm
+        teacher = [t.detach() if compiling or t.requires_grad else t for t in pair.teacher]
         tensors += [norm, factor, *pair.student, *teacher]
     loss, *values = imitation(Plan(chosen, tuple(terms), return_terms), scores, *tensors)
     if not return_terms:
@@ -337,8 +337,8 @@ def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
         # and torch.autograd.gradcheck goes backward twice through one graph.
         late = (torch.float16, torch.float64)
         grad_mode = "backward" if any(x.dtype in late for x in pair.student) else "forward"
-    if return_terms and (isinstance(pair.weight, Tensor) or pair.weight == 0):
-        return "backward"
+    if return_terms and (isinstance(pair.weight, Tensor) or abs(pair.weight) < 1e-30):
+        return "backward"  # dividing the stored gradient by this weight would not give that of the term alone
     return grad_mode
 
 
@@ -363,8 +363,9 @@ def _denominator(
     channels = [float(x.shape[1]) if normalizer == "mass_channels" else 1.0 for x in like]
     scale = [c / w if w else 0.0 for c, w in zip(channels, weights, strict=True)]
     offset = [eps / w if w else float("inf") for w in weights]
-    if all(s == 1.0 for s in scale) and not any(offset):
-        return mass
+    if all(s == scale[0] for s in scale) and all(o == offset[0] for o in offset):
+        mass = mass if scale[0] == 1.0 else mass * scale[0]
+        return mass if offset[0] == 0.0 else mass + offset[0]
     return mass * _numbers(scale, mass) + _numbers(offset, mass)
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class FSRLoss(nn.Module):
     """`fsr_loss` with its options kept. `FSRLoss(**PRESETS["gfl"])`.
 
-    The arguments are those of `fsr_loss`. A weight may be changed between steps (`loss.feat_weight = 0.5 * w`, for a
-    warm-up); a weight that is a 0-dim tensor is a buffer: it follows `.to(device)` and `.fill_()` changes it without
-    a recompile. An unknown option raises here, not at the first step.
+    The arguments are those of `fsr_loss`. A weight given as a number stays one and may be set between steps, for a
+    warm-up; a weight given as a 0-dim tensor becomes a buffer: it follows `.to(device)`, and `.fill_()` changes it
+    without a recompile. Weights are not trained. An unknown option raises here, not at the first step.
     """
 
     def __init__(

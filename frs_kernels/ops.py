@@ -1,6 +1,7 @@
 """The three operators behind every backend, and the autograd function outside them.
 
-An operator has one schema, one fake implementation and one implementation a backend. The operators know nothing of
+An operator has one schema, one fake implementation and one implementation for each backend but `torch`, whose verbs
+are plain functions that a compiler can look into. The operators know nothing of
 autograd: `Imitation` calls them forward and backward.
 
     score    teacher logits                         -> scores (P,), mass (L,)
@@ -169,7 +170,7 @@ class Imitation(torch.autograd.Function):
         rest = list(inputs)
         losses: list[Tensor] = []
         values: list[Tensor] = []
-        saved: list[Tensor | None] = [scores]
+        saved: list[Tensor | None] = []
         for term in plan.terms:
             norm, weight, levels = rest[0], rest[1], rest[2 : 2 + 2 * term.levels]
             rest = rest[2 + 2 * term.levels :]
@@ -183,10 +184,10 @@ class Imitation(torch.autograd.Function):
             if term.grad == "forward":
                 saved += grads
             elif term.grad == "backward":
-                saved += [norm, weight, *levels]
+                saved += [scores, norm, weight, *levels]
         ctx.plan = plan
         ctx.spent = False
-        ctx.save_for_backward(*saved)
+        _save(ctx, saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*values[1::2])
         return (losses[0] if len(losses) == 1 else losses[0] + losses[1], *values)
@@ -208,7 +209,7 @@ class Imitation(torch.autograd.Function):
                 "grad_mode='backward' to go backward through the same graph more than once"
             )
         verbs = VERBS[plan.backend]
-        scores, *saved = ctx.saved_tensors
+        saved = _saved(ctx)
         to_scale: list[tuple[Tensor, list[Tensor]]] = []
         results: list[Tensor | None] = [None, None]
         for index, term in enumerate(plan.terms):
@@ -227,8 +228,8 @@ class Imitation(torch.autograd.Function):
                     else:
                         to_scale.append((factor, list(kept)))
             elif term.grad == "backward":
-                norm, weight, *levels = saved[: 2 + 2 * term.levels]
-                saved = saved[2 + 2 * term.levels :]
+                scores, norm, weight, *levels = saved[: 3 + 2 * term.levels]
+                saved = saved[3 + 2 * term.levels :]
                 number = term.weight
                 if factor is not None and weight is not None:
                     factor = factor * weight
@@ -262,6 +263,18 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise RuntimeError("frs_kernels: the loss is differentiable once; its gradient has no gradient")
+
+
+def _save(ctx: Any, tensors: list[Tensor | None]) -> None:
+    """save_for_backward, which refuses the tensors of a teacher run in inference_mode; those nobody can change."""
+    ctx.inference = {}
+    if not torch.compiler.is_compiling():
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
 
 
 def _once(grad: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ class Preset(TypedDict, total=False):
 
 # The first four are the weights of the authors' released configurations, for student and teacher on COCO; the paper's
 # own code takes Faster R-CNN's mask and head term from the RPN's objectness. "ultralytics" is that library's built-in
-# feature loss: its gain of 6, C * M as the denominator, no head term; it multiplies by the batch size besides.
+# feature loss: its gain of 6, C * M as the denominator, no head term (give no student_logits: a weight of 0 still costs
+# the pass over them); it multiplies by the batch size besides.
 PRESETS: dict[str, Preset] = {
     "retinanet": {"feat_weight": 0.005, "cls_weight": 0.02},
     "gfl": {"feat_weight": 0.1, "cls_weight": 0.05},

@@ -63,9 +63,7 @@ def own_folder(tmp_path: Path) -> Path:
             if number == 2:
                 continue
             for category, box in ((90, [3, 5, 20.5, 30]), (7, [8, 2, 24, 28])):
-                annotations.append(
-                    {"image_id": 1000 - 7 * number, "category_id": category, "bbox": box}
-                )
+                annotations.append({"image_id": 1000 - 7 * number, "category_id": category, "bbox": box})
         crowd = {"image_id": 1000, "category_id": 7, "bbox": [40, 0, 50, 40], "iscrowd": 1}
         annotations.append(crowd)
         categories = [{"id": 90, "name": "late"}, {"id": 7, "name": "early"}]
@@ -111,9 +109,7 @@ def test_second_run_trains_nothing(quick: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_results(quick)["arms"] == before
 
 
-def test_interrupted_training_goes_on(
-    splits: tuple[coco.Split, coco.Split], tmp_path: Path
-) -> None:
+def test_interrupted_training_goes_on(splits: tuple[coco.Split, coco.Split], tmp_path: Path) -> None:
     schedule = train.Schedule(iterations=6, lr=1e-2, batch=4, warmup=2, check_every=2)
 
     def student(folder: str, stop: int = 99) -> tuple[detector.Detector, train.Run]:
@@ -186,15 +182,11 @@ def test_perfect_outputs_decode_to_perfect_detections(
     column = found[picture, point]
     logits[picture, point, val.labels[picture, column]] = 9.0
     coded = torch.zeros(count, len(points), 4)
-    coded[picture, point] = detector.encode(
-        points[point], strides[point], val.boxes[picture, column]
-    )
+    coded[picture, point] = detector.encode(points[point], strides[point], val.boxes[picture, column])
 
     def levels(flat: torch.Tensor) -> list[torch.Tensor]:
         parts = flat.transpose(1, 2).split([shape[2] ** 2 for shape in shapes], 2)
-        return [
-            part.reshape(count, -1, *shape[2:]) for part, shape in zip(parts, shapes, strict=True)
-        ]
+        return [part.reshape(count, -1, *shape[2:]) for part, shape in zip(parts, shapes, strict=True)]
 
     outputs = detector.Outputs([], levels(logits), levels(coded))
     assert detector.detection_loss(outputs, val.boxes, val.labels) < 0.01

@@ -116,7 +116,7 @@ def test_a_captured_graph_replays_with_other_inputs(rng, grad_mode, options):
 
 
 def test_two_streams_at_once_do_not_meet(rng):
-    """Each stream has slots and a counter of its own."""
+    """Each launch has slots and a counter of its own."""
     pyramids = [pyramid(rng, **WIDE) for _ in range(2)]
     expected = [step(p) for p in pyramids]
     streams = [torch.cuda.Stream() for _ in pyramids]
@@ -242,10 +242,10 @@ def test_memory_is_gradients_and_scores_and_a_megabyte(rng, grad_mode, layout):
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     result = step(p, grad_mode=grad_mode)
     torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
+    extra = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     gradients = sum(v.numel() * v.element_size() for v in p.student)
     scores = sum(4 * z.shape[0] * z.shape[2] * z.shape[3] for z in p.z)
     assert extra <= gradients + scores + (1 << 20)
@@ -260,8 +260,11 @@ def launches(call: Callable[[], object]) -> list[str]:
     return [e.name for e in kernels if "Memset" not in e.name and "Memcpy" not in e.name]
 
 
-def test_a_default_step_is_five_launches(rng):
-    """score, two imitate, the sum of two losses, scale_; the upstream gradient is given."""
+def test_a_default_step_is_five_launches_and_three_fills(rng):
+    """score, two imitate, the sum of two losses, scale_; a counter for each of the first three.
+
+    The upstream gradient is given, or autograd would make it with one more fill.
+    """
     p = pyramid(rng, **WIDE)
     one = torch.ones((), device="cuda")
 
@@ -270,7 +273,9 @@ def test_a_default_step_is_five_launches(rng):
 
     call()
     names = launches(call)
-    assert 0 < len(names) <= 5, names
+    fills = [name for name in names if "FillFunctor" in name]
+    assert len(fills) <= 3, names
+    assert 0 < len(names) - len(fills) <= 5, names
 
 
 def test_other_image_sizes_compile_nothing_again(rng):

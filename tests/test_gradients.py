@@ -250,6 +250,46 @@ def test_no_graph_where_none_is_wanted(rng, backend, device, grad_mode, context)
 
 
 @each_backend
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_teacher_run_in_inference_mode(rng, backend, device, grad_mode, dtype):
+    p = tiny(rng, device, dtype=dtype)
+    with torch.inference_mode():
+        t, z = ([v.clone() for v in levels] for levels in (p.t, p.z))
+    weight = torch.tensor(1.0, device=device)
+    for options in ({}, {"feat_weight": weight, "return_terms": True}):
+        answer = fsr_loss(p.s, t, p.x, z, backend=backend, grad_mode=grad_mode, **options)
+        grads = torch.autograd.grad(answer.loss if options else answer, p.student)
+        assert all(torch.equal(a, b) for a, b in zip(grads, run(p, backend, grad_mode=grad_mode).grads, strict=True))
+
+
+@each_backend
+def test_a_teacher_that_requires_grad_is_not_trained_and_trains_nothing(rng, backend, device):
+    p = tiny(rng, device)
+    t = [v.clone().requires_grad_() for v in p.t]
+    loss = fsr_loss([v.detach() for v in p.s], t, None, p.z, backend=backend)
+    assert not loss.requires_grad
+
+
+@each_backend
+def test_a_tiny_weight_leaves_the_gradient_of_the_term_alone_right(rng, backend, device):
+    p = tiny(rng, device)
+    terms = fsr_loss(*p.inputs, feat_weight=1e-40, backend=backend, return_terms=True)
+    grads = torch.autograd.grad(terms.feat, p.s)
+    expected = run(Pyramid(p.s, p.t, None, p.z), backend).grads
+    assert all(relative(a, b) <= 4 * torch.finfo(b.dtype).eps for a, b in zip(grads, expected, strict=True))
+
+
+@each_backend
+def test_the_diagnostics_may_be_changed_before_backward(rng, backend, device):
+    p = tiny(rng, device)
+    terms = fsr_loss(*p.inputs, backend=backend, grad_mode="forward", return_terms=True)
+    terms.mask[0].zero_()
+    grads = torch.autograd.grad(terms.loss, p.student)
+    assert all(torch.equal(a, b) for a, b in zip(grads, run(p, backend).grads, strict=True))
+
+
+@each_backend
 def test_the_diagnostics_carry_no_gradient(rng, backend, device):
     p = tiny(rng, device)
     terms = fsr_loss(*p.inputs, backend=backend, return_terms=True)

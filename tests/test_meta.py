@@ -210,9 +210,9 @@ def test_offsets_in_32_bits_are_caught(rng, fresh_kernels):
         far_apart(p)
 
 
-def test_a_counter_that_is_not_put_back_is_caught(rng, poison, fresh_kernels):
-    allocate = slots._allocate
-    fresh_kernels.setattr(score, "workspace", lambda *args: (allocate(*args)[0], torch.ones(1, dtype=torch.int32)))
+def test_a_counter_that_does_not_start_at_zero_is_caught(rng, poison, fresh_kernels):
+    workspace = slots.workspace
+    fresh_kernels.setattr(score, "workspace", lambda *args: (workspace(*args)[0], torch.ones(1, dtype=torch.int32)))
     with pytest.raises(AssertionError):
         right(pyramid(rng, sizes=SIZES, device=DEVICE))
 

@@ -157,7 +157,7 @@ def test_scale_by_one_writes_nothing(backend, device):
 
 
 @compiled_backends
-def test_a_workspace_serves_pyramids_of_any_size_in_any_order(rng, backend, device):
+def test_pyramids_of_any_size_in_any_order(rng, backend, device):
     big = ((2, 40, 30), (2, 9, 9))
     for sizes in (big, TINY, SMALL, TINY, big):
         p = pyramid(rng, sizes=sizes, channels=2, classes=2, device=device)
@@ -166,23 +166,24 @@ def test_a_workspace_serves_pyramids_of_any_size_in_any_order(rng, backend, devi
         assert abs(loss.double().cpu() - truth(p.map(torch.Tensor.cpu)).loss) <= 1e-6 * loss
 
 
-def test_the_counter_of_slots_is_zero_after_every_launch(rng, monkeypatch):
+def test_every_program_of_a_launch_counts_once(rng, monkeypatch):
     from frs_kernels.triton import imitate, score, slots
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    counters, workspace = [], slots.workspace
+    counters: list[tuple[Tensor, Tensor]] = []
+    workspace = slots.workspace
 
     def keep(*args: Any) -> tuple[Tensor, Tensor]:
         made = workspace(*args)
         assert made[1].item() == 0
-        counters.append(made[1])
+        counters.append(made)
         return made
 
     for module in (score, imitate):
         monkeypatch.setattr(module, "workspace", keep)
     fsr_loss(*pyramid(rng, device=device).inputs, backend="triton").backward()
     assert len(counters) == 3
-    assert all(counter.item() == 0 for counter in counters)
+    assert all(counter.item() == slots.numel() for slots, counter in counters)
 
 
 def test_more_slots_than_one_block_of_the_sum(rng):

@@ -99,8 +99,9 @@ class Recorder:
 def cases(quick: bool) -> Iterator[Case]:
     """What is compiled.
 
-    Five levels of one dtype in every layout and tile; for imitate with every loss and mode. Every other pair of dtypes
-    with the loss and the gradient of the paper's terms. One to eight levels.
+    Five levels of one dtype in every layout and tile; for imitate with every loss and mode. Every other pair of dtypes,
+    and contiguous levels that do not begin on 16 bytes, with the loss and the gradient of the paper's terms. One to
+    eight levels.
     """
     if quick:
         yield Case("score", "fp32", "fp32", "nchw", 80)
@@ -120,6 +121,10 @@ def cases(quick: bool) -> Iterator[Case]:
     for student, teacher in itertools.permutations(DTYPES, 2):
         for layout, loss in (("nchw", "mse"), ("nchw", "bce"), ("nhwc", "bce")):
             yield Case("imitate", student, teacher, layout, 256, loss, "loss+grad")
+    for dtype in DTYPES:
+        yield Case("score", dtype, dtype, "misaligned", 256)
+        yield Case("imitate", dtype, dtype, "misaligned", 256, "mse", "loss+grad")
+        yield Case("imitate", dtype, dtype, "misaligned", 256, "bce", "loss+grad")
     for levels in (1, 2, 3, 4, 6, 7, 8):
         yield Case("score", "bf16", "bf16", "nchw", 256, levels=levels)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "bce", "loss+grad", levels=levels)
@@ -130,6 +135,8 @@ def levels_of(case: Case, dtype: str) -> list[torch.Tensor]:
     levels = [torch.zeros(2, case.channels, h, w, dtype=DTYPES[dtype]) for h, w in sizes]
     if case.layout == "nhwc":
         return [x.to(memory_format=torch.channels_last) for x in levels]
+    if case.layout == "misaligned":
+        return [torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape) for x in levels]
     return [x.transpose(2, 3) for x in levels] if case.layout == "strided" else levels
 
 
@@ -203,8 +210,8 @@ are aligned.
 {stack} bytes in all. Spill instructions: {spills}.
 
 Loads are counted in the code: of 16 bytes, and narrower. The narrower serve levels whose rows are not aligned, the
-scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc and the strided layout have
-no aligned rows.
+scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
+levels that do not begin on 16 bytes (misaligned) have no aligned rows.
 
 | kernel, loss, mode, dtype, layout, channels, levels | registers sm_80 / 90 / 100 | 16-byte loads | narrower |
 |---|---|---|---|

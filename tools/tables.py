@@ -47,11 +47,12 @@ def reading(results: dict[str, Any]) -> list[str]:
     ap50 = arms["ones"]["mean"]["AP50"] - arms["both"]["mean"]["AP50"]
     small, large = data["small_medium_large_sides"]
     times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in results["loss_ms"].items())
-    machine = results["machine"]
+    machine, size = results["machine"], results["parameters"]
     shown = (
         f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {seeds} seeds; small, medium, "
         f"large: sides under {small:g} px, between, over {large:g} px; gain over alone on the same schedule. "
-        f"{machine['cpu']}, {machine['cores']} cores. The loss alone, forward and backward, one batch: {times}."
+        f"{machine['cpu']}, {machine['cores']} cores; teacher {size['teacher']:,} parameters, students "
+        f"{size['student']:,}. The loss alone, forward and backward, one batch: {times}."
     )
     meant = (
         f"It shows that distilling with the loss works, {gain['both']:+.1f} AP, and not more: much of the gain is "

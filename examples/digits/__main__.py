@@ -112,9 +112,7 @@ def work(console: Console, options: argparse.Namespace) -> None:
     for arm in student_arms(options):
         runs: dict[int, Run] = {}
         for seed in options.seeds:
-            model, runs[seed] = trainer(
-                arm.name, arm.label, STUDENT, arm.schedule, seed, arm.how, outputs
-            )
+            model, runs[seed] = trainer(arm.name, arm.label, STUDENT, arm.schedule, seed, arm.how, outputs)
             if seed == options.seeds[0]:
                 shown[arm.name] = model
         students[arm.name] = arm, runs
@@ -132,9 +130,7 @@ def work(console: Console, options: argparse.Namespace) -> None:
         advance(2)
         pictures.draw_curves(students, options.out / "curves.png")
         advance(3)
-    results = report.collect(
-        options, splits, sides, teacher_run, students, loss_ms, absent, parameters(teacher, shown)
-    )
+    results = report.collect(options, splits, sides, teacher_run, students, loss_ms, absent, parameters(teacher, shown))
     report.write(results, options.out / "results.json")
     console.print(report.table(results))
     console.print(

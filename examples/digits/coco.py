@@ -198,7 +198,4 @@ def evaluate(
         judge.accumulate()
         judge.summarize()
     values = judge.stats[: len(METRICS)].tolist()
-    return {
-        name: None if value < 0 else 100 * value
-        for name, value in zip(METRICS, values, strict=True)
-    }
+    return {name: None if value < 0 else 100 * value for name, value in zip(METRICS, values, strict=True)}

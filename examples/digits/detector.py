@@ -83,9 +83,7 @@ class Detector(nn.Module):
             for level, (inputs, outputs) in enumerate(zip((3, *widths[:-1]), widths, strict=True))
         )
         self.laterals = nn.ModuleList(nn.Conv2d(width, size.fpn, 1) for width in widths[2:])
-        self.smooths = nn.ModuleList(
-            nn.Conv2d(size.fpn, size.fpn, 3, padding=1) for _ in widths[2:]
-        )
+        self.smooths = nn.ModuleList(nn.Conv2d(size.fpn, size.fpn, 3, padding=1) for _ in widths[2:])
         self.class_tower, self.box_tower = Tower(size.fpn), Tower(size.fpn)
         self.class_head = nn.Conv2d(size.fpn, classes, 3, padding=1)
         self.box_head = nn.Conv2d(size.fpn, 4, 3, padding=1)
@@ -200,9 +198,7 @@ def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def detect(
-    outputs: Outputs, image_size: int, *, threshold: float = 0.05, candidates: int = 200
-) -> list[Detections]:
+def detect(outputs: Outputs, image_size: int, *, threshold: float = 0.05, candidates: int = 200) -> list[Detections]:
     """Decode, clip to the picture, and suppress non-maxima class by class (IoU 0.6)."""
     points, strides = make_points(outputs.logits)
     scores = flatten(outputs.logits).sigmoid().cpu()

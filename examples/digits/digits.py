@@ -63,9 +63,7 @@ def make_digits(
             photo = photos[rng.integers(len(photos))][:, first:last]
             canvas = _background(photo, image_size, rng)
             name = f"{index:05d}.jpg"
-            images.append(
-                {"id": index + 1, "file_name": name, "width": image_size, "height": image_size}
-            )
+            images.append({"id": index + 1, "file_name": name, "width": image_size, "height": image_size})
             for scan, box in _place(canvas, digits.images, scans[split], rng):
                 annotations.append(
                     {

@@ -109,9 +109,7 @@ def teacher_schedule(options: argparse.Namespace) -> Schedule:
 def student_arms(options: argparse.Namespace) -> list[Arm]:
     """The students to train: alone and with both terms; with --ablation, five more arms."""
     short = schedule(options, options.student_iterations, options.student_lr)
-    both = Distillation(
-        options.feat_weight, options.cls_weight, options.ramp, backend=options.backend
-    )
+    both = Distillation(options.feat_weight, options.cls_weight, options.ramp, backend=options.backend)
     arms = [
         Arm("alone", "student alone", short, None),
         Arm("both", "student + fsr_loss", short, both),

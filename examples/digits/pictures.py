@@ -133,15 +133,11 @@ def draw_masks(teacher: Detector, val: Split, path: Path, backend: str = "auto")
                     interpolation="nearest",
                 )
         shades = ScalarMappable(Normalize(0, 1), "inferno")
-        figure.colorbar(
-            shades, ax=axes, location="bottom", shrink=0.5, aspect=40, label="richness score"
-        )
+        figure.colorbar(shades, ax=axes, location="bottom", shrink=0.5, aspect=40, label="richness score")
         save(figure, path)
 
 
-def draw_detections(
-    val: Split, models: dict[str, Detector], path: Path, picture_count: int = 4
-) -> None:
+def draw_detections(val: Split, models: dict[str, Detector], path: Path, picture_count: int = 4) -> None:
     """Ground truth, then what each model detects in the same pictures."""
     rows = spread_rows((val.labels >= 0).any(1), picture_count)
     with matplotlib.rc_context(STYLE):

@@ -35,9 +35,7 @@ def summarize(runs: dict[int, Run]) -> dict[str, Any]:
     return {
         "seeds": {str(seed): row for seed, row in seeds.items()},
         "mean": {name: statistics.fmean(v) if v else None for name, v in columns.items()},
-        "spread": {
-            name: statistics.stdev(v) if len(v) > 1 else None for name, v in columns.items()
-        },
+        "spread": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in columns.items()},
     }
 
 
@@ -75,10 +73,7 @@ def collect(
             "categories": train.names,
             "small_medium_large_sides": list(sides),
         },
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(options).items()
-        },
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "machine": _machine(options.device),
         "versions": {"python": platform.python_version(), **_versions()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

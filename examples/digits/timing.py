@@ -26,9 +26,7 @@ def authors_loop(
 ) -> Tensor:
     """The loss in eager PyTorch, level by level, on probabilities: the paper's formulas."""
     total = student_feats[0].new_zeros(())
-    for s, t, x, z in zip(
-        student_feats, teacher_feats, student_logits, teacher_logits, strict=True
-    ):
+    for s, t, x, z in zip(student_feats, teacher_feats, student_logits, teacher_logits, strict=True):
         probability, target = x.sigmoid(), z.sigmoid()
         mask = target.amax(1, keepdim=True)
         feat = (F.mse_loss(s, t, reduction="none") * mask).sum() / mask.sum()
@@ -52,16 +50,11 @@ def time_losses(
     generator = torch.Generator().manual_seed(0)
 
     def student(levels: list[Tensor]) -> list[Tensor]:
-        return [
-            torch.randn(level.shape, generator=generator).to(level.device).requires_grad_()
-            for level in levels
-        ]
+        return [torch.randn(level.shape, generator=generator).to(level.device).requires_grad_() for level in levels]
 
     feats, logits = student(teacher_feats), student(teacher_logits)
     tensors = (feats, teacher_feats, logits, teacher_logits)
-    losses: dict[str, Callable[[], Tensor]] = {
-        AUTHORS_LOOP: partial(authors_loop, *tensors, feat_weight, cls_weight)
-    }
+    losses: dict[str, Callable[[], Tensor]] = {AUTHORS_LOOP: partial(authors_loop, *tensors, feat_weight, cls_weight)}
     absent: dict[str, str] = {}
     device = teacher_feats[0].device.type
     backends = {"cuda": ("cuda", "triton", "torch")}.get(device, ("cpu", "torch"))

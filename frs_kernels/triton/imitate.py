@@ -67,7 +67,9 @@ def imitate_kernel(
     LOSS: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4  # unaligned elements have an address each: fewer, to save registers
+    # Where rows are not aligned each element has an address of its own: fewer of them, to save registers.
+    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4
+    WIDE_C: tl.constexpr = BLOCK_C if VECTOR > 1 else NARROW_C
     WANT_LOSS: tl.constexpr = per_level_ptr is not None
     WANT_GRAD: tl.constexpr = grads is not None
     level, tile = find_level(starts)
@@ -101,7 +103,7 @@ def imitate_kernel(
             x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channel_count, hw,
             inner // VECTOR * VECTOR, width,
             student_strides, teacher_strides, grad_strides, level, inverse_tau, tau,
-            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, BLOCK_C, BLOCK_P,
+            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, WIDE_C, BLOCK_P,
         )  # fmt: skip
     else:
         partial = imitate_tile(
@@ -119,13 +121,12 @@ def imitate_kernel(
                 tl.store(per_level_ptr + i, level_sum.to(ACC))
                 total += level_sum
             tl.store(total_ptr, (total * upstream).to(ACC))
-            tl.store(counter_ptr, 0)
 
 
-# Positions of a tile by loss and by bytes of the widest input: 16 elements a thread for mse, down to 2 for fp64 bce.
-# As many as fit in 128 registers without a spill (docs/codegen.md): at 16 elements bce took 161, fp64 up to 255.
+# Positions of a tile by loss and by bytes of the widest input: 16 elements a thread for 2-byte mse, down to 2 for fp64.
+# As many as fit in the registers without a spill (docs/codegen.md): at 16 elements bce took 161, fp64 up to 255.
 POSITIONS = {
-    "mse": {2: 256, 4: 256, 8: 64},
+    "mse": {2: 256, 4: 128, 8: 32},
     "bce": {2: 128, 4: 128, 8: 32},
     "kl": {2: 128, 4: 64, 8: 32},
 }
@@ -174,7 +175,8 @@ def imitate(
                 grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths,
                 *(lv.strides_of(x, layout) for x in (student, teacher, grads)),
                 LOSS=loss, LAYOUT=layout, INDEX=lv.index_dtype(student, tile, layout),
-                VECTOR=lv.vector_width(student, teacher), ACC=lv.TL_DTYPE[dtype],
-                BLOCK_C=tile.channels, BLOCK_P=tile.positions, CHUNK=chunk, num_warps=tile.num_warps,
+                VECTOR=lv.vector_width(layout, student, teacher, grads), ACC=lv.TL_DTYPE[dtype],
+                BLOCK_C=tile.channels, BLOCK_P=tile.positions, CHUNK=chunk,
+                num_warps=tile.num_warps, maxnreg=lv.max_registers(dtype, layout, loss),
             )  # fmt: skip
     return total, per_level, grads

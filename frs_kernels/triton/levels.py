@@ -93,9 +93,23 @@ def index_dtype(levels: Sequence[Tensor], tile: Tile, layout: str) -> tl.dtype:
     return tl.int32 if span < 1 << 31 else tl.int64
 
 
-def vector_width(*lists: Sequence[Tensor]) -> int:
-    """Elements that fill 16 bytes of the narrowest dtype."""
-    return 16 // min(levels[0].element_size() for levels in lists)
+def max_registers(dtype: torch.dtype, layout: str, loss: str = "") -> int:
+    """What a thread may take: five blocks of 128 threads a multiprocessor, four for fp64, kl and any strides.
+
+    Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
+    """
+    return 96 if dtype == torch.float32 and layout != "strided" and loss != "kl" else 128
+
+
+def vector_width(layout: str, *lists: Sequence[Tensor]) -> int:
+    """Elements of the narrowest dtype that fill 16 bytes, or 1 if a level does not begin on 16 bytes.
+
+    The kernel picks a level's pointer at run time, so one that is not aligned takes the wide loads from all.
+    """
+    tensors = [x for levels in lists for x in levels]
+    if layout == "strided" or any(x.data_ptr() % 16 for x in tensors):
+        return 1
+    return 16 // min(x.element_size() for x in tensors)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -116,7 +130,7 @@ def size_of(number):
 
 @triton.jit
 def pick(values, index):
-    """values[index] of a tuple, with an index known only at run time. LLVM makes one indexed load of it."""
+    """values[index] of a tuple, with an index known only at run time."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         value = tl.where(index == i, values[i], value)

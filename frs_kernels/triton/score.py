@@ -49,7 +49,9 @@ def score_kernel(
     LAYOUT: tl.constexpr, INDEX: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = scores_ptr.dtype.element_ty
-    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4  # unaligned elements have an address each: fewer, to save registers
+    # Where rows are not aligned each element has an address of its own: fewer of them, to save registers.
+    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4
+    WIDE_C: tl.constexpr = BLOCK_C if VECTOR > 1 else NARROW_C
     level, tile = find_level(starts)
     z_ptr = pick(logits, level)
     k = size_of(pick(channels, level))
@@ -64,7 +66,7 @@ def score_kernel(
         # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads
         top = max_over_channels(
             z_ptr, n, p0, k, hw, inner // VECTOR * VECTOR, width, strides, level,
-            LAYOUT, INDEX, ACC, BLOCK_C, BLOCK_P,
+            LAYOUT, INDEX, ACC, WIDE_C, BLOCK_P,
         )  # fmt: skip
     else:
         top = max_over_channels(
@@ -77,7 +79,6 @@ def score_kernel(
     if store_partial(slots_ptr, counter_ptr, tl.sum(s)):
         for i in range(len(logits)):
             tl.store(mass_ptr + i, sum_level(slots_ptr, starts, i).to(ACC))
-        tl.store(counter_ptr, 0)
 
 
 def tile_of(layout: str, channels: int, dtype: torch.dtype) -> lv.Tile:
@@ -105,7 +106,8 @@ def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         score_kernel[(grid.programs,)](
             tuple(logits), scores, mass, *workspace(device, grid.programs),
             grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths, lv.strides_of(logits, layout),
-            LAYOUT=layout, INDEX=lv.index_dtype(logits, tile, layout), VECTOR=lv.vector_width(logits),
-            BLOCK_C=tile.channels, BLOCK_P=tile.positions, num_warps=tile.num_warps,
+            LAYOUT=layout, INDEX=lv.index_dtype(logits, tile, layout), VECTOR=lv.vector_width(layout, logits),
+            BLOCK_C=tile.channels, BLOCK_P=tile.positions,
+            num_warps=tile.num_warps, maxnreg=lv.max_registers(dtype, layout),
         )  # fmt: skip
     return scores, mass

@@ -1,8 +1,7 @@
 """Sums that come out bitwise the same every run, in the launch that makes them.
 
 Every program stores its partial sum in a slot of its own. The program that finishes last, known by an integer
-counter, adds each level's slots in a fixed order, in fp64, and puts the counter back to zero for the next launch.
-No float atomics, no second launch, no memset.
+counter, adds each level's slots in a fixed order, in fp64. No float atomics, no second launch.
 """
 
 from __future__ import annotations
@@ -14,25 +13,12 @@ from torch import Tensor
 
 from frs_kernels.triton.levels import pick, size_of
 
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-
 
 def workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
-    """Slots (programs or more, fp64) and a zeroed counter for one launch on the current stream.
+    """One fp64 slot a program, and the counter, zeroed, for one launch.
 
-    Kept for each device and stream: launches on one stream follow each other, so the next may reuse them. A CUDA graph
-    gets its own from the graph's memory, since it may be replayed beside later launches on any stream.
+    Not kept from launch to launch, though that would save the fill: docs/design-notes.md.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return _allocate(device, programs)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _workspaces.get(key)
-    if kept is None or kept[0].numel() < programs:
-        kept = _workspaces[key] = _allocate(device, max(programs, 1 << 14))
-    return kept
-
-
-def _allocate(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
     slots = torch.empty(programs, dtype=torch.float64, device=device)
     return slots, torch.zeros(1, dtype=torch.int32, device=device)
 
