@@ -1,0 +1,107 @@
+"""Everything that a machine with an NVIDIA GPU is needed for, in one call with a time limit.
+
+    python benchmarks/gpu_suite.py OUT [--parts tests sanitizer bench] [--limit SECONDS] [--dry-run]
+
+Needs its own python3 with torch, triton, pytest, hypothesis and rich, and no network: the package runs from the
+checkout. Writes a log a part and suite.json to the folder OUT. A part that the time limit cuts off is reported as such,
+and what it had written stays. With --dry-run, on a machine without a GPU, each part goes through what can be gone
+through there: collection of the tests marked `gpu`, and the benchmark on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_STEP = """
+import torch, frs_kernels
+shapes = ((2, 12, 20), (2, 7, 5), (2, 1, 1))
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        def levels(c):
+            made = [torch.randn(n, c, h, w, device="cuda", dtype=dtype) for n, h, w in shapes]
+            return [x.to(memory_format=memory_format).requires_grad_() for x in made]
+        for cls_loss in ("bce", "kl"):
+            frs_kernels.fsr_loss(levels(17), levels(17), levels(9), levels(9), cls_loss=cls_loss).backward()
+torch.cuda.synchronize()
+"""
+
+
+def command_of(part: str, out: Path, dry_run: bool) -> list[list[str]]:
+    """The commands of a part."""
+    python = sys.executable
+    if part == "tests":
+        report = f"--junitxml={out / 'tests.xml'}"
+        only = ["--collect-only", "-q"] if dry_run else ["-q", report]
+        return [[python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *only, "tests"]]
+    if part == "sanitizer":
+        if dry_run:
+            return []
+        checks = ("memcheck", "racecheck", "initcheck", "synccheck")
+        return [["compute-sanitizer", "--tool", c, "--error-exitcode", "1", python, "-c", SMALL_STEP] for c in checks]
+    quick = ["--quick"] if dry_run else ["--compile"]
+    return [[python, "benchmarks/bench_loss.py", *quick, "--out", str(out / "bench_loss.json")]]
+
+
+def run(command: list[str], log: Path, seconds: float) -> str:
+    """How it ended: "passed", "failed", "cut off", or "absent" where there is no such program."""
+    if shutil.which(command[0]) is None:
+        return "absent"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if command[0] == "compute-sanitizer":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees each tensor's own bounds
+    with log.open("a") as file:
+        print("$", *command[:6], file=file, flush=True)
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "cut off"
+    return "passed" if done.returncode == 0 else "failed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for logs and results")
+    parser.add_argument("--parts", nargs="+", default=["tests", "sanitizer", "bench"])
+    parser.add_argument("--limit", type=float, default=460, help="seconds in all")
+    parser.add_argument("--dry-run", action="store_true", help="go through what needs no GPU")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device; --dry-run goes through what needs none")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.limit
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "parts": {},
+    }
+    for part in options.parts:
+        start = time.monotonic()
+        outcomes = [
+            run(command, out / f"{part}.log", max(1.0, end - time.monotonic()))
+            for command in command_of(part, out, options.dry_run)
+        ]
+        results["parts"][part] = {"outcomes": outcomes, "seconds": round(time.monotonic() - start, 1)}
+        print(part, results["parts"][part], flush=True)
+        (out / "suite.json").write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(o == "passed" for p in results["parts"].values() for o in p["outcomes"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
