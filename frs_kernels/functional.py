@@ -183,7 +183,7 @@ def fsr_loss(
         checks.check_levels("student_feats", student_feats)
         checks.check_levels("teacher_feats", teacher_feats)
         checks.check_pair("student_feats", student_feats, "teacher_feats", teacher_feats, _ADAPT)
-        pairs.append(_Pair("feat", "mse", feat_weight, student_feats, teacher_feats))
+        pairs.append(_Pair("feat_weight", "mse", feat_weight, student_feats, teacher_feats))
     if teacher_logits is not None:
         checks.check_levels("teacher_logits", teacher_logits)
         if pairs:
@@ -191,7 +191,7 @@ def fsr_loss(
     if student_logits is not None and teacher_logits is not None:
         checks.check_levels("student_logits", student_logits)
         checks.check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, _CLASSES)
-        pairs.append(_Pair("cls", cls_loss, cls_weight, student_logits, teacher_logits))
+        pairs.append(_Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
     if mask is not None:
         name = "teacher_feats" if student_feats is not None else "teacher_logits"
         checks.check_levels("mask", mask, dims=3)
@@ -254,7 +254,7 @@ def masked_imitation_loss(
     checks.check_pair("student", student, "teacher", teacher, _ADAPT if loss == "mse" else _CLASSES)
     checks.check_levels("mask", mask, dims=3)
     checks.check_positions("mask", mask, "teacher", teacher)
-    pairs = [_Pair("", loss, weight, student, teacher)]
+    pairs = [_Pair("weight", loss, weight, student, teacher)]
     result = _distill(
         pairs, mask, None, temperature, normalizer, eps, level_weights, process_group, grad_mode, backend, False
     )
@@ -265,7 +265,7 @@ def masked_imitation_loss(
 class _Pair(NamedTuple):
     """A student and the teacher it imitates."""
 
-    name: str
+    weight_name: str
     loss: str
     weight: Weight
     student: Levels
@@ -295,7 +295,7 @@ def _distill(
     checks.check_number("eps", eps, positive=False)
     checks.check_level_weights(level_weights, len(like))
     for pair in pairs:
-        checks.check_weight(f"{pair.name}_weight".lstrip("_"), pair.weight, device)
+        checks.check_weight(pair.weight_name, pair.weight, device)
     chosen = backends.choose(backend, device.type)
 
     with torch.no_grad():
@@ -322,10 +322,10 @@ def _distill(
     loss, *values = imitation(Plan(chosen, tuple(terms), return_terms), scores, *tensors)
     if not return_terms:
         return loss
-    by_name = {pair.name: values[2 * i : 2 * i + 2] for i, pair in enumerate(pairs)}
+    found = {pair.weight_name: values[2 * i : 2 * i + 2] for i, pair in enumerate(pairs)}
     zero = [mass.new_zeros(()), mass.new_zeros(len(like))]
-    feat, feat_per_level = by_name.get("feat", zero)
-    cls, cls_per_level = by_name.get("cls", zero)
+    feat, feat_per_level = found.get("feat_weight", zero)
+    cls, cls_per_level = found.get("cls_weight", zero)
     return FSRTerms(loss, feat, cls, feat_per_level, cls_per_level, split_levels(scores, like), mass)
 
 
