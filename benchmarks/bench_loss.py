@@ -120,14 +120,14 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     title = f"fsr_loss, forward + backward, fp32, {size[0]} by {size[1]}, batch {batch}"
     caption = f"{name}, {torch.get_num_threads()} threads; medians of {rounds} interleaved runs"
-    columns = ("regime", "implementation", "ms", "over the authors' form", "over the floor")
+    columns = ("regime", "implementation", "ms", "speed-up on the authors' form", "time over the floor")
     table = Table(*columns, title=title, caption=caption)
     for result in results:
         authors = result["seconds"].get("authors' form", float("nan"))
         for implementation, seconds in result["seconds"].items():
             table.add_row(
-                result["regime"], implementation, f"{1e3 * seconds:.2f}", f"{authors / seconds:.2f} times faster",
-                f"{seconds / result['floor_seconds']:.1f} times its time",
+                result["regime"], implementation, f"{1e3 * seconds:.2f}", f"{authors / seconds:.2f}x",
+                f"{seconds / result['floor_seconds']:.1f}x",
             )  # fmt: skip
         for implementation, error in result["wrong"].items():
             table.add_row(result["regime"], implementation, "wrong", f"relative error {error:.1e}", "")
