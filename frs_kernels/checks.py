@@ -77,7 +77,7 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
 
 def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor], hint: str) -> None:
     """Two lists of (N, C, H, W) levels that must agree in everything but dtype and strides."""
-    _check_alike(a_name, a, b_name, b)
+    check_positions(a_name, a, b_name, b)
     for level, (x, z) in enumerate(zip(a, b, strict=True)):
         if x.shape[1] != z.shape[1]:
             raise ValueError(
@@ -88,10 +88,6 @@ def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor
 
 def check_positions(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor]) -> None:
     """Two lists of levels that must agree in N, H and W."""
-    _check_alike(a_name, a, b_name, b)
-
-
-def _check_alike(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor]) -> None:
     if len(a) != len(b):
         raise ValueError(f"{a_name} has {len(a)} levels, {b_name} has {len(b)}; give the same levels to both")
     if a[0].device != b[0].device:

@@ -1,8 +1,8 @@
 """The three operators behind every backend, and the autograd function outside them.
 
 An operator has one schema, one fake implementation and one implementation for each backend but `torch`, whose verbs
-are plain functions that a compiler can look into. The operators know nothing of
-autograd: `Imitation` calls them forward and backward.
+are plain functions that a compiler can look into. The operators know nothing of autograd: `Imitation` calls them
+forward and backward.
 
     score    teacher logits                         -> scores (P,), mass (L,)
     imitate  student, teacher, scores, norm, ...    -> total, per_level (L,), gradients

@@ -135,10 +135,10 @@ POSITIONS = {
 def tile_of(layout: str, channels: int, loss: str, itemsize: int) -> tuple[lv.Tile, int]:
     """The tile of 128 threads, and the channels a program walks over (CHUNK)."""
     positions = POSITIONS[loss][itemsize]
-    small = lv.Tile(4, 2 * positions, 4), 4
+    small = lv.Tile(4, 2 * positions), 4
     if layout == "nhwc":
-        return (lv.Tile(64, positions // 8, 4), 256) if channels > 4 else small
-    return (lv.Tile(8, positions, 4), 64) if channels > 4 or layout == "strided" else small
+        return (lv.Tile(64, positions // 8), 256) if channels > 4 else small
+    return (lv.Tile(8, positions), 64) if channels > 4 or layout == "strided" else small
 
 
 def imitate(
@@ -177,6 +177,6 @@ def imitate(
                 LOSS=loss, LAYOUT=layout, INDEX=lv.index_dtype(student, tile, layout),
                 VECTOR=lv.vector_width(layout, student, teacher, grads), ACC=lv.TL_DTYPE[dtype],
                 BLOCK_C=tile.channels, BLOCK_P=tile.positions, CHUNK=chunk,
-                num_warps=tile.num_warps, maxnreg=lv.max_registers(dtype, layout, loss),
+                num_warps=lv.NUM_WARPS, maxnreg=lv.max_registers(dtype, layout, loss),
             )  # fmt: skip
     return total, per_level, grads

@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NUM_WARPS = 4
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Tile(NamedTuple):
-    """The static launch configuration of one kernel."""
+    """What NUM_WARPS warps work on in one step."""
 
     channels: int
     positions: int
-    num_warps: int
 
 
 class Grid(NamedTuple):

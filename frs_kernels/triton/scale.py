@@ -52,7 +52,7 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     if largest:
         with lv.on_device(factor.device):
             scale_kernel[(min(triton.cdiv(largest, BLOCK), MAX_PROGRAMS),)](
-                tuple(dense), factor, lv.odd([g.numel() for g in dense]), BLOCK=BLOCK, num_warps=4
+                tuple(dense), factor, lv.odd([g.numel() for g in dense]), BLOCK=BLOCK, num_warps=lv.NUM_WARPS
             )
     for grad in grads:
         if not lv.is_dense(grad):

@@ -88,8 +88,8 @@ def tile_of(layout: str, channels: int, dtype: torch.dtype) -> lv.Tile:
     """
     positions = 16 // (2 if dtype == torch.float64 else 1)
     if channels <= 4 and layout != "strided":
-        return lv.Tile(4, 32 * positions, 4)
-    return lv.Tile(128, positions, 4) if layout == "nhwc" else lv.Tile(32, 4 * positions, 4)
+        return lv.Tile(4, 32 * positions)
+    return lv.Tile(128, positions) if layout == "nhwc" else lv.Tile(32, 4 * positions)
 
 
 def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,6 @@ def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths, lv.strides_of(logits, layout),
             LAYOUT=layout, INDEX=lv.index_dtype(logits, tile, layout), VECTOR=lv.vector_width(layout, logits),
             BLOCK_C=tile.channels, BLOCK_P=tile.positions,
-            num_warps=tile.num_warps, maxnreg=lv.max_registers(dtype, layout),
+            num_warps=lv.NUM_WARPS, maxnreg=lv.max_registers(dtype, layout),
         )  # fmt: skip
     return scores, mass
