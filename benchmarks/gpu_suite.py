@@ -1,9 +1,9 @@
 """Everything that a machine with an NVIDIA GPU is needed for, in one call with a time limit.
 
-    python benchmarks/gpu_suite.py OUT [--parts tests sanitizer bench] [--limit SECONDS] [--dry-run]
+    python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench] [--limit SECONDS] [--dry-run]
 
-Needs its own python3 with torch, triton, pytest, hypothesis and rich, and no network: the package runs from the
-checkout. Writes a log a part and suite.json to the folder OUT. A part that the time limit cuts off is reported as such,
+Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis and rich, and no network: the package
+is built in the checkout and runs from it. Writes a log a part and suite.json to the folder OUT. A part that the time limit cuts off is reported as such,
 and what it had written stays. With --dry-run, on a machine without a GPU, each part goes through what can be gone
 through there: collection of the tests marked `gpu`, and the benchmark on the CPU.
 """
@@ -25,15 +25,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_STEP = """
-import torch, frs_kernels
+import itertools, torch, frs_kernels
 shapes = ((2, 12, 20), (2, 7, 5), (2, 1, 1))
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         def levels(c):
             made = [torch.randn(n, c, h, w, device="cuda", dtype=dtype) for n, h, w in shapes]
             return [x.to(memory_format=memory_format).requires_grad_() for x in made]
-        for cls_loss in ("bce", "kl"):
-            frs_kernels.fsr_loss(levels(17), levels(17), levels(9), levels(9), cls_loss=cls_loss).backward()
+        for cls_loss, backend in itertools.product(("bce", "kl"), ("cuda", "triton")):
+            inputs = [levels(c) for c in (17, 17, 9, 9)]
+            frs_kernels.fsr_loss(*inputs, cls_loss=cls_loss, backend=backend).backward()
 torch.cuda.synchronize()
 """
 
@@ -41,6 +42,8 @@ torch.cuda.synchronize()
 def command_of(part: str, out: Path, dry_run: bool) -> list[list[str]]:
     """The commands of a part."""
     python = sys.executable
+    if part == "build":
+        return [[python, "setup.py", "--quiet", "build_ext", "--inplace"]]
     if part == "tests":
         report = f"--junitxml={out / 'tests.xml'}"
         only = ["--collect-only", "-q"] if dry_run else ["-q", report]
@@ -58,7 +61,7 @@ def run(command: list[str], log: Path, seconds: float) -> str:
     """How it ended: "passed", "failed", "cut off", or "absent" where there is no such program."""
     if shutil.which(command[0]) is None:
         return "absent"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {"FRS_BUILD": "cuda", **os.environ, "PYTHONPATH": str(ROOT)}
     if command[0] == "compute-sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees each tensor's own bounds
     with log.open("a") as file:
@@ -75,7 +78,7 @@ def run(command: list[str], log: Path, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for logs and results")
-    parser.add_argument("--parts", nargs="+", default=["tests", "sanitizer", "bench"])
+    parser.add_argument("--parts", nargs="+", default=["build", "tests", "sanitizer", "bench"])
     parser.add_argument("--limit", type=float, default=460, help="seconds in all")
     parser.add_argument("--dry-run", action="store_true", help="go through what needs no GPU")
     options = parser.parse_args()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 
 import torch
 
+from frs_kernels import native
+
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-_NATIVE = "this version has no compiled core; use backend='auto', 'triton' or 'torch'"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton compiles a launcher in C for what it runs on a GPU.
 _HAS_CC = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
@@ -28,8 +30,8 @@ def why_not(backend: str, device_type: str) -> str | None:
     """None if `backend` can take tensors of this device type, else the reason and the remedy."""
     if backend == "torch":
         return None
-    if backend in ("cuda", "cpu"):
-        return _NATIVE
+    if backend in native.LIBRARIES:
+        return _why_not_native(backend, device_type)
     if not _HAS_TRITON:
         return "Triton is not installed; on Linux, pip install triton"
     if device_type == "cuda" and not _HAS_CC and not _INTERPRET:
@@ -40,6 +42,35 @@ def why_not(backend: str, device_type: str) -> str | None:
             "TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
         )
     return None
+
+
+def _why_not_native(backend: str, device_type: str) -> str | None:
+    reason = native.WHY_NOT[backend]
+    if reason is not None:
+        return reason
+    if device_type != backend:
+        return f"it takes {backend!r} tensors, not {device_type!r} ones; move them there or use backend='auto'"
+    if backend == "cuda":
+        oldest, gpu = native.oldest_gpu(), _capability()
+        if gpu < oldest:
+            return f"it was compiled for GPUs from sm_{oldest} on, this one is sm_{gpu}; use backend='auto'"
+    return None
+
+
+@functools.cache
+def _oldest_gpu() -> int:
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return min(10 * major + minor for major, minor in capabilities)
+
+
+def _capability() -> int:
+    """The compute capability of the oldest GPU in sight, as in sm_90."""
+    return _oldest_gpu()
+
+
+# torch.compile takes the result and does not look inside, at CUDA calls and a cache. This is all that
+# torch.compiler.assume_constant_result does, but that imports the whole compiler first.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device_type: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from frs_kernels import reference
+from frs_kernels import native, reference
 from frs_kernels.levels import accumulate_dtype, positions
 
 SCHEMAS = (
@@ -115,25 +115,32 @@ def _one_dtype(levels: Sequence[Tensor]) -> bool:
     return all(x.dtype == levels[0].dtype for x in levels)
 
 
-def _define(namespace: str, verbs: Verbs) -> tuple[torch.library.Library, Verbs]:
-    library = torch.library.Library(namespace, "DEF")
-    fakes = Verbs(_score_fake, _imitate_fake, _scale_fake)
-    for schema, implementation, fake in zip(SCHEMAS, verbs, fakes, strict=True):
+def _fakes(namespace: str, library: torch.library.Library) -> Verbs:
+    """Give the operators of a namespace their fake implementations; they stay as long as the library object."""
+    for name, fake in zip(("score", "imitate", "scale_"), (_score_fake, _imitate_fake, _scale_fake), strict=True):
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    ops = getattr(torch.ops, namespace)
+    return Verbs(ops.score.default, ops.imitate.default, ops.scale_.default)
+
+
+def _define(namespace: str, verbs: Verbs, library: torch.library.Library) -> Verbs:
+    for schema, implementation in zip(SCHEMAS, verbs, strict=True):
         name = schema.partition("(")[0]
         library.define(schema)
         for key in ("CPU", "CUDA"):
             library.impl(name, implementation, key)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-    ops = getattr(torch.ops, namespace)
-    return library, Verbs(ops.score.default, ops.imitate.default, ops.scale_.default)
+    return _fakes(namespace, library)
 
 
-_library, _triton = _define("frs_triton", Verbs(_triton_score, _triton_imitate, _triton_scale))
+VERBS = {"torch": Verbs(reference.score, reference.imitate, reference.scale_)}
 
-VERBS = {
-    "torch": Verbs(reference.score, reference.imitate, reference.scale_),
-    "triton": _triton,
-}
+_triton_library = torch.library.Library("frs_triton", "DEF")
+VERBS["triton"] = _define("frs_triton", Verbs(_triton_score, _triton_imitate, _triton_scale), _triton_library)
+
+if native.WHY_NOT["cpu"] is None:
+    # csrc/ops.cpp has declared the same schemas; the dispatcher tells cpu and cuda apart by the tensors.
+    _native_library = torch.library.Library("frs_kernels", "FRAGMENT")
+    VERBS["cpu"] = VERBS["cuda"] = _fakes("frs_kernels", _native_library)
 
 
 class Term(NamedTuple):

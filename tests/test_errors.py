@@ -12,7 +12,7 @@ import torch
 from cases import unharmed
 from environment import python_environment
 
-from frs_kernels import FeatureAdapter, FSRLoss, backends, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels import FeatureAdapter, FSRLoss, backends, fsr_loss, masked_imitation_loss, native, richness_mask
 
 Call = dict[str, Any]
 
@@ -160,8 +160,16 @@ TABLE: dict[str, tuple[Callable[[Call], None], type[Exception], tuple[str, ...]]
         TypeError,
         ("mask[0]", "bool", "floating-point"),
     ),
-    "no core": (put_all(backend="cuda"), RuntimeError, ("'cuda' is not available", "backend='auto'")),
-    "no core on the CPU": (put_all(backend="cpu"), RuntimeError, ("'cpu' is not available", "backend='auto'")),
+    "not on the CPU": (
+        put_all(backend="cuda"),
+        RuntimeError,
+        ("'cuda' is not available", native.WHY_NOT["cuda"] or "it takes 'cuda' tensors, not 'cpu' ones"),
+    ),
+    "on the CPU only": (
+        lambda call: call.update({k: [v.to("meta") for v in levels] for k, levels in call.items()}, backend="cpu"),
+        RuntimeError,
+        ("'cpu' is not available", native.WHY_NOT["cpu"] or "it takes 'cpu' tensors, not 'meta' ones"),
+    ),
 }  # fmt: skip
 each_row = pytest.mark.parametrize("row", TABLE)
 
@@ -202,7 +210,7 @@ def test_compiled_the_errors_are_the_same(compiler, row):
     assert_says(error.value, words)
 
 
-@pytest.mark.parametrize("row", ["feature channels", "not a tensor", "grad_mode", "no core"])
+@pytest.mark.parametrize("row", ["feature channels", "not a tensor", "grad_mode", "not on the CPU"])
 def test_compiled_as_one_graph_the_message_is_in_the_compilers(compiler, row):
     change, _, words = TABLE[row]
     call = fresh()
@@ -217,7 +225,7 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
     "richness of nothing": (lambda: richness_mask([]), ValueError, ("teacher_logits is empty",)),
     "richness of integers": (lambda: richness_mask([Z(1, 2, 3, 4).int()]), TypeError, ("teacher_logits[0]", "int32")),
     "richness backend": (lambda: richness_mask([Z(1, 2, 3, 4)], backend="x"), ValueError, ("backend='x'", "'triton'")),
-    "richness not here": (lambda: richness_mask([Z(1, 2, 3, 4)], backend="cpu"), RuntimeError, ("'cpu' is not av",)),
+    "richness not here": (lambda: richness_mask([Z(1, 2, 3, 4)], backend="cuda"), RuntimeError, ("'cuda' is not av",)),
     "imitation loss": (
         lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 4)], loss="l1"),
         ValueError,
@@ -303,4 +311,4 @@ def test_without_the_interpreter_triton_refuses_cpu_tensors():
     assert "'cpu'" in message
     assert "GPU" in message
     assert "TRITON_INTERPRET=1" in message
-    assert chosen == "torch True"
+    assert chosen == ("torch True" if native.WHY_NOT["cpu"] else "cpu True")

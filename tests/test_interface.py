@@ -16,7 +16,7 @@ from environment import ROOT, python_environment
 from truth import Pyramid, pyramid, truth
 
 import frs_kernels
-from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, fsr_loss, richness_mask
+from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, fsr_loss, native, richness_mask
 from frs_kernels.backends import BACKENDS
 
 TINY = ((2, 2, 3), (2, 1, 1))
@@ -207,12 +207,17 @@ def test_the_command_says_what_is_here_and_why_the_rest_is_not():
     lines = {line.split()[0]: line for line in out.splitlines()[1:]}
     assert set(BACKENDS) < set(lines)
     assert lines["torch"].split() == ["torch", "available"]
-    for name in ("cuda", "cpu"):
-        assert "not available" in lines[name]
-        assert "backend='auto'" in lines[name]
+    assert "not available" in lines["cuda"]
+    assert "install" in lines["cuda"] or "move them there" in lines["cuda"]
+    if native.WHY_NOT["cpu"]:
+        assert f"not available: {native.WHY_NOT['cpu']}" in lines["cpu"]
+    else:
+        assert lines["cpu"].split()[1] == "available"
+        assert f"uses {torch.ops.frs_kernels.instructions()}" in lines["cpu"]
+        assert ", ".join(native.targets("cpu")) in lines["cpu"]
     assert "not available" in lines["triton"]
     assert "TRITON_INTERPRET=1" in lines["triton"]
-    assert "backend='auto' takes 'torch' for cpu tensors" in out
+    assert f"backend='auto' takes {'torch' if native.WHY_NOT['cpu'] else 'cpu'!r} for cpu tensors" in out
     interpreted = python("-m", "frs_kernels", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert re.search(r"triton +available", interpreted)
 

@@ -1,0 +1,157 @@
+// The verbs on a CPU: tiles shared out among torch's own threads, their sums in fixed slots, added in a fixed order.
+#include <torch/csrc/stable/ops.h>
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+namespace frs {
+namespace {
+
+struct Kernels {
+  const char* name;
+  decltype(&baseline::score_tile) score_tile;
+  decltype(&baseline::imitate_tile) imitate_tile;
+  decltype(&baseline::scale_run) scale_run;
+  decltype(&baseline::number) number;
+};
+
+#define FRS_KERNELS_OF(ISA) Kernels{#ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::number}
+
+// The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for a narrower one.
+Kernels choose() {
+  const char* asked = std::getenv("FRS_CPU");
+  const std::string most = asked ? asked : "avx512";
+#if defined(__x86_64__)
+  if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return FRS_KERNELS_OF(avx512);
+  if (most != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return FRS_KERNELS_OF(avx2);
+#endif
+  return FRS_KERNELS_OF(baseline);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+// The tiles of all levels, numbered level after level.
+template <Cut (*CUT)(const Level&)>
+class Tiles {
+ public:
+  Tiles(const Level* levels, int64_t count) : levels_(levels), starts_{0} {
+    for (int64_t i = 0; i < count; ++i) {
+      cuts_.push_back(CUT(levels[i]));
+      starts_.push_back(starts_.back() + cuts_[i].tiles(levels[i]));
+    }
+  }
+  int64_t count() const { return starts_.back(); }
+
+  Tile operator[](int64_t number) const {
+    size_t level = 0;
+    while (number >= starts_[level + 1]) ++level;
+    return tile_of(levels_[level], cuts_[level], static_cast<int64_t>(level), number - starts_[level]);
+  }
+
+  double sum(const double* slots, int64_t level) const {
+    double sum = 0;
+    for (int64_t i = starts_[level]; i < starts_[level + 1]; ++i) sum += slots[i];
+    return sum;
+  }
+
+ private:
+  const Level* levels_;
+  std::vector<Cut> cuts_;
+  std::vector<int64_t> starts_;
+};
+
+using ScoreTiles = Tiles<score_cut>;
+using ImitateTiles = Tiles<imitate_cut>;
+
+// Run f(i) for i < count. A thread takes the next as soon as it is done with one: the levels' tiles differ in cost.
+template <class F>
+void share_out(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  });
+}
+
+void write(void* numbers, DType dtype, int64_t at, double value) {
+  if (dtype == DType::f64)
+    static_cast<double*>(numbers)[at] = value;
+  else
+    static_cast<float*>(numbers)[at] = static_cast<float>(value);
+}
+
+}  // namespace
+
+const char* instructions() { return kernels().name; }
+
+// Fresh memory comes from the system page by page, each zeroed at its first touch: 4 KB at a time that takes longer than
+// computing what is written there. In pages of 2 MB it does not. A hint: where it is refused, nothing is lost.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) & ~(PAGE - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(PAGE - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+int64_t score_workspace(const Score& call) { return 8 * ScoreTiles(call.levels, call.count).count(); }
+
+void score(const Score& call, void* workspace, void*) {
+  const ScoreTiles tiles(call.levels, call.count);
+  auto* slots = static_cast<double*>(workspace);
+  share_out(tiles.count(), [&](int64_t i) { slots[i] = kernels().score_tile(call, tiles[i]); });
+  for (int64_t l = 0; l < call.count; ++l) write(call.mass, call.dtype, l, tiles.sum(slots, l));
+}
+
+int64_t imitate_workspace(const Imitate& call) {
+  return call.total ? 8 * ImitateTiles(call.levels, call.count).count() : 0;
+}
+
+void imitate(const Imitate& call, void* workspace, void*) {
+  const ImitateTiles tiles(call.levels, call.count);
+  auto* slots = static_cast<double*>(workspace);
+  const double upstream = call.weight * (call.factor ? kernels().number(call.factor, call.factor_dtype) : 1.0);
+  share_out(tiles.count(), [&](int64_t i) {
+    const double sum = kernels().imitate_tile(call, tiles[i], upstream);
+    if (slots) slots[i] = sum;
+  });
+  if (!call.total) return;
+  double total = 0;
+  for (int64_t l = 0; l < call.count; ++l) {
+    const double sum = tiles.sum(slots, l);
+    write(call.per_level, call.dtype, l, sum);
+    total += sum;
+  }
+  write(call.total, call.dtype, 0, upstream * total);
+}
+
+void scale(const Scale& call, void*) {
+  const double factor = kernels().number(call.factor, call.factor_dtype);
+  if (factor == 1) return;
+  constexpr int64_t PIECE = 4 * TILE;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Run& run = call.runs[i];
+    share_out(up(run.size, PIECE), [&](int64_t piece) {
+      kernels().scale_run(run, piece * PIECE, at_most((piece + 1) * PIECE, run.size), factor);
+    });
+  }
+}
+
+}  // namespace frs

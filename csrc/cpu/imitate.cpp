@@ -1,0 +1,161 @@
+// imitate: the masked imitation loss of a tile and its gradient by the student, in one pass.
+//
+//     share_p  = S_p / norm_l                                     0 where norm_l is 0
+//     sum      = sum_p share_p sum_c value(x_pc, z_pc)            (value, slope: pointwise.h)
+//     gradient = upstream * share_p * slope(x_pc, z_pc)           upstream = weight * factor
+#include "isa.h"
+#include "rows.h"
+
+namespace frs::FRS_ISA {
+namespace {
+
+// A row, and for each of its values the share and the gradient's coefficient upstream * share.
+template <class T>
+struct Values {
+  const T *x, *z;
+  T* grad;
+  const T *share, *coefficient;
+  int64_t size;
+  T inverse_temperature;
+  int64_t ahead;  // from this row to the next one in memory
+  bool stream;    // write the gradient past the caches
+};
+
+template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
+inline double imitate_row(const Values<double>& v) {
+  double sum = 0;
+  for (int64_t i = 0; i < v.size; ++i) {
+    const auto [value, slope] = pointwise<LOSS>(v.x[i], v.z[i], v.inverse_temperature, 1.0);
+    if (WANT_LOSS) sum += v.share[i] * value;
+    if (WANT_GRAD) v.grad[i] = v.coefficient[i] * slope;
+  }
+  return sum;
+}
+
+template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
+inline double imitate_row(const Values<float>& v) {
+  const float inverse_temperature = TEMPERED ? v.inverse_temperature : 1.0f;
+  const auto [x, z, grad, share, coefficient, size, _, ahead, stream] = v;
+  F32 sums = {};
+  const auto step = [&](F32 x, F32 z, F32 share, F32 coefficient) {
+    const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature, 1.0f);
+    if (WANT_LOSS) sums = sums + share * value;
+    return coefficient * slope;
+  };
+  const auto whole = [&](int64_t i) {
+    // The hardware's prefetch stops where a row ends: mse, 400 x 672, from 1.28 to 1.04 times the floor.
+    __builtin_prefetch(x + i + ahead);
+    __builtin_prefetch(z + i + ahead);
+    return step(load<F32>(x + i), load<F32>(z + i), load<F32>(share + i), load<F32>(coefficient + i));
+  };
+  const auto part = [&](int64_t i, int64_t count) {
+    const F32 g = step(load_part<F32>(x + i, count), load_part<F32>(z + i, count), load_part<F32>(share + i, count),
+                       load_part<F32>(coefficient + i, count));
+    if (WANT_GRAD) memcpy(grad + i, &g, count * sizeof(float));
+  };
+  int64_t i = 0;
+  if (WANT_GRAD && stream) {
+    i = at_most(-(reinterpret_cast<intptr_t>(grad) / 4) & (WIDTH - 1), size);
+    if (i) part(0, i);
+    for (; i + WIDTH <= size; i += WIDTH) Primitives<F32>::stream(grad + i, whole(i));
+  } else {
+    for (; i + WIDTH <= size; i += WIDTH) {
+      const F32 g = whole(i);
+      if (WANT_GRAD) store(grad + i, g);
+    }
+  }
+  if (i < size) part(i, size - i);
+  double sum = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) sum += sums[lane];
+  return sum;
+}
+
+template <class T, class S>
+inline void share_run(T* share, const S* scores, S norm, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) share[i] = norm == 0 ? T(0) : static_cast<T>(scores[i] / norm);
+}
+
+// The shares and coefficients of the positions [p0, p1) of a tile.
+template <class T>
+void weigh(const Imitate& call, const Tile& tile, int64_t p0, int64_t p1, T upstream, T* share, T* coefficient) {
+  const int64_t first = tile.level->first + tile.n * tile.level->positions() + p0, size = p1 - p0;
+  if (call.score_dtype == DType::f64)
+    share_run(share, static_cast<const double*>(call.scores) + first,
+              static_cast<const double*>(call.norm)[tile.index], size);
+  else
+    share_run(share, static_cast<const float*>(call.scores) + first, static_cast<const float*>(call.norm)[tile.index],
+              size);
+  for (int64_t i = 0; i < size; ++i) coefficient[i] = upstream * share[i];
+}
+
+// Repeat each of the `count` numbers for the channels of its position.
+template <class T>
+void spread(T* out, const T* numbers, int64_t count, int64_t channels) {
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t c = 0; c < channels; ++c) *out++ = numbers[p];
+}
+
+// A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
+// written: mse, Faster R-CNN at 400 x 672, from 1.33 to 1.01 times the floor.
+FRS_INLINE bool streams(const Level& level) { return level.n * level.c * level.positions() * 4 > (4 << 20); }
+
+template <class T, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
+double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
+  const Level& level = *tile.level;
+  // The temperature's factors, of the value and of the slope, are the same for the whole tile.
+  const double tau = TEMPERED ? call.temperature : 1;
+  const T factor = static_cast<T>(upstream * tau);
+  const bool stream = WANT_GRAD && streams(level);
+  Buffer<T> x_buffer, z_buffer, grad_buffer, share, coefficient, wide_share, wide_coefficient;
+  if (!level.interleaved) weigh(call, tile, tile.p0, tile.p1, factor, share.values, coefficient.values);
+  double sum = 0;
+  each_row(tile, [&](const Row& row) {
+    Values<T> v{fetch(level.student, row, x_buffer), fetch(level.teacher, row, z_buffer),
+                target(level.grad, row, grad_buffer), share.values, coefficient.values, row.size(),
+                static_cast<T>(1 / tau), level.student.c, stream};
+    v.stream = stream && v.grad != grad_buffer.values;
+    if (level.interleaved) {
+      weigh(call, tile, row.p0, row.p1, factor, share.values, coefficient.values);
+      v.share = wide_share.values;
+      v.coefficient = wide_coefficient.values;
+      spread(wide_share.values, share.values, row.p1 - row.p0, row.c1 - row.c0);
+      spread(wide_coefficient.values, coefficient.values, row.p1 - row.p0, row.c1 - row.c0);
+    }
+    sum += imitate_row<LOSS, TEMPERED, WANT_LOSS, WANT_GRAD>(v);
+    if (WANT_GRAD) commit(level.grad, row, grad_buffer, v.grad);
+  });
+  if (stream) Primitives<F32>::fence();
+  return sum * tau * tau;
+}
+
+template <class T, Loss LOSS, bool TEMPERED>
+double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
+  if (!call.want_grad) return imitate_tile<T, LOSS, TEMPERED, true, false>(call, tile, upstream);
+  if (!call.total) return imitate_tile<T, LOSS, TEMPERED, false, true>(call, tile, upstream);
+  return imitate_tile<T, LOSS, TEMPERED, true, true>(call, tile, upstream);
+}
+
+template <class T, Loss LOSS>
+double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
+  return call.temperature == 1 ? imitate_tile<T, LOSS, false>(call, tile, upstream)
+                               : imitate_tile<T, LOSS, true>(call, tile, upstream);
+}
+
+template <class T>
+double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
+  switch (call.loss) {
+    case Loss::mse: return imitate_tile<T, Loss::mse, false>(call, tile, upstream);
+    case Loss::bce: return imitate_tile<T, Loss::bce>(call, tile, upstream);
+    case Loss::kl: return imitate_tile<T, Loss::kl>(call, tile, upstream);
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
+  return call.dtype == DType::f64 ? imitate_tile<double>(call, tile, upstream)
+                                  : imitate_tile<float>(call, tile, upstream);
+}
+
+}  // namespace frs::FRS_ISA

@@ -1,0 +1,117 @@
+// score: S_p = max_k sigmoid(z_pk) = sigmoid(max_k z_pk), and the sum of a tile's scores. A NaN comes through the maximum.
+#include "isa.h"
+#include "rows.h"
+
+namespace frs::FRS_ISA {
+namespace {
+
+template <class T>
+FRS_INLINE T larger(T best, T z) {
+  return z > best || z != z ? z : best;
+}
+
+// best[i] = max(best[i], z[i]). A vector's maximum forgets a NaN; the sum beside it does not.
+inline void keep_larger(double* best, double*, const double* z, int64_t size, int64_t) {
+  for (int64_t i = 0; i < size; ++i) best[i] = larger(best[i], z[i]);
+}
+inline void keep_larger(float* best, float* sum, const float* z, int64_t size, int64_t ahead) {
+  for (int64_t i = 0; i < size; i += WIDTH) {
+    __builtin_prefetch(z + i + ahead);
+    const F32 v = i + WIDTH <= size ? load<F32>(z + i) : load_part<F32>(z + i, size - i);
+    store(best + i, Primitives<F32>::maximum(load<F32>(best + i), v));
+    store(sum + i, load<F32>(sum + i) + v);
+  }
+}
+
+template <class T>
+inline T largest(const T* z, int64_t size) {
+  T best = z[0];
+  for (int64_t i = 1; i < size; ++i) best = larger(best, z[i]);
+  return best;
+}
+inline float largest(const float* z, int64_t size) {
+  if (size < WIDTH) return largest<float>(z, size);
+  F32 best = load<F32>(z), sum = best;
+  int64_t i = WIDTH;
+  for (; i + WIDTH <= size; i += WIDTH) {
+    best = Primitives<F32>::maximum(best, load<F32>(z + i));
+    sum = sum + load<F32>(z + i);
+  }
+  // Once more, slowly, where there was a NaN, or both infinities.
+  for (int lane = 0; lane < WIDTH; ++lane)
+    if (sum[lane] != sum[lane]) return largest<float>(z, size);
+  float top = best[0];
+  for (int lane = 1; lane < WIDTH; ++lane) top = larger(top, best[lane]);
+  for (; i < size; ++i) top = larger(top, z[i]);
+  return top;
+}
+
+inline void sigmoid_run(double* v, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) v[i] = sigmoid(v[i]);
+}
+inline void sigmoid_run(float* v, int64_t size) {
+  for (int64_t i = 0; i < size; i += WIDTH) store(v + i, sigmoid(load<F32>(v + i)));
+}
+
+// The maximum over the channels of one position, wherever they lie.
+template <class T>
+T largest_of(const Tile& tile, int64_t p) {
+  const View& z = tile.level->teacher;
+  const Row row{&tile, 0, 1, p, p + 1};
+  T best = -__builtin_inf();
+  for (int64_t c = 0; c < tile.level->c; ++c)
+    best = larger(best, static_cast<T>(one(z.data, z.dtype, offset(z, row, c, p))));
+  return best;
+}
+
+// At most ROW positions, whose scores are made in L1.
+template <class T>
+double score_positions(const Score& call, const Tile& tile) {
+  Buffer<T> top, sums, wide;
+  const bool interleaved = tile.level->interleaved;
+  const int64_t size = tile.p1 - tile.p0;
+  for (int64_t i = 0; i < ROW + 16; ++i) {
+    top.values[i] = -__builtin_inf();
+    sums.values[i] = 0;
+  }
+  each_row(tile, [&](const Row& row) {
+    const T* z = fetch(tile.level->teacher, row, wide);
+    if (!interleaved) {
+      keep_larger(top.values, sums.values, z, row.size(), tile.level->teacher.c);
+    } else {
+      const int64_t channels = row.c1 - row.c0;
+      for (int64_t p = row.p0; p < row.p1; ++p, z += channels) {
+        T& best = top.values[p - tile.p0];
+        best = larger(best, largest(z, channels));
+      }
+    }
+  });
+  for (int64_t i = 0; i < size; ++i)
+    if (sums.values[i] != sums.values[i]) top.values[i] = largest_of<T>(tile, tile.p0 + i);
+  sigmoid_run(top.values, size);
+  T* scores = static_cast<T*>(call.scores) + tile.level->first + tile.n * tile.level->positions() + tile.p0;
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    scores[i] = top.values[i];
+    sum += top.values[i];
+  }
+  return sum;
+}
+
+template <class T>
+double score_tile(const Score& call, const Tile& tile) {
+  double sum = 0;
+  for (Tile part = tile; part.p0 < tile.p1; part.p0 += ROW) {
+    part.p1 = at_most(part.p0 + ROW, tile.p1);
+    sum += score_positions<T>(call, part);
+  }
+  return sum;
+}
+
+}  // namespace
+
+double score_tile(const Score& call, const Tile& tile) {
+  return call.dtype == DType::f64 ? score_tile<double>(call, tile) : score_tile<float>(call, tile);
+}
+
+}  // namespace frs::FRS_ISA

@@ -1,0 +1,192 @@
+"""The CUDA sources compiled by g++ and run on the host, a thread a CUDA thread, under sanitizers.
+
+tests/native holds the CUDA of the host (cuda_runtime.h and the headers of the 16-bit dtypes), which g++ finds before
+the real one, and the driver, which compares all three verbs with loops written from the formulas. Then faults are
+planted in copies of the sources: each has to be found, by the sanitizer whose work it is or by the comparison.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+NATIVE = ROOT / "tests" / "native"
+VERBS = ("score", "imitate", "scale")
+FLAGS = (
+    "-std=c++20", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unknown-pragmas",
+    # Two warps a block: every barrier and shuffle is there, and a barrier of 64 host threads is quick enough. Four
+    # blocks are enough for the device, so that a block of these small levels walks over several rounds.
+    "-DFRS_THREADS=64", "-DFRS_BLOCKS=4",
+)  # fmt: skip
+SANITIZERS = {
+    "address": (
+        "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+        # twice the time to compile, for what the address sanitizer finds as well
+        "-fno-sanitize=null,object-size,vptr,return",
+    ),
+    "thread": ("-O1", "-fsanitize=thread"),
+    "none": ("-O0",),
+}  # fmt: skip
+
+pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"), pytest.mark.timeout(600)]
+
+
+class Fault(NamedTuple):
+    """What a copy of a source says instead, who finds it and in which words."""
+
+    file: str
+    old: str
+    new: str
+    finder: str
+    report: str
+    which: int = 0  # of several places with the same text
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old.strip()} -> {self.new.strip() or 'nothing'} [{self.which}]"
+
+
+BARRIERS = {"score.cu": 1, "imitate.cu": 1, "slots.cuh": 3}
+FAULTS = [
+    # memory
+    Fault("score.cu", "i < size && i < level.positions - p0", "i < size", "address", "heap-buffer-overflow"),
+    Fault("score.cu", "k + u * lanes < length", "k + u * lanes <= length", "address", "heap-buffer-overflow"),
+    Fault("score.cu", "maxima[THREADS * V];", "maxima[THREADS * V - 1];", "address", "global-buffer-overflow"),
+    Fault("imitate.cu", "put<S, A, V>(grad.data, at,", "put<S, A, V>(grad.data, at + V,", "address", "overflow"),
+    Fault("scale.cu", "if (thread < rest)", "if (thread <= rest)", "address", "heap-buffer-overflow"),
+    Fault("scale.cu", "if (factor == 1) return;", "", "address", "use-after-poison"),
+    Fault("scale.cu", "to_aligned < size ? to_aligned : size", "0 * to_aligned", "address", "misaligned"),
+    # barriers
+    *(
+        Fault(file, "__syncthreads();", "", "thread", "data race", which)
+        for file, count in BARRIERS.items()
+        for which in range(count)
+    ),
+    # results
+    Fault("score.cu", "z > best || z != z", "z > best", "none", "hides a NaN"),
+    Fault("score.cu", "sum += score;", "sum += score * A(1.000001);", "none", "FAILED one mass"),
+    Fault("imitate.cu", "norm == 0 ? 0 :", "norm == 2 ? 0 :", "none", "FAILED one", 1),
+    Fault(
+        "imitate.cu",
+        "const uint32_t block = gridDim.x - 1 - blockIdx.x;",
+        "const uint32_t block = 0;",
+        "none",
+        "FAILED",
+    ),
+    Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
+]
+
+
+def run(command: list[object], **more: object) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, check=False, capture_output=True, text=True, **more)  # type: ignore[call-overload]
+
+
+def compile_object(source: Path, csrc: Path, sanitizer: str, cache: Path) -> Path:
+    """The object of a source, made if the cache holds none of the same sources and flags."""
+    flags = [*FLAGS, *SANITIZERS[sanitizer]]
+    key = hashlib.sha256(repr(flags).encode())
+    headers = [*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *NATIVE.glob("*.h")]
+    for path in (source, *sorted(headers, key=lambda h: h.name)):
+        key.update(path.read_bytes())
+    made = cache / f"{source.stem}-{sanitizer}-{key.hexdigest()[:16]}.o"
+    with open(cache / f"{made.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second test worker waits for the first one's object
+        if not made.exists():
+            unfinished = made.with_suffix(".part")
+            include = ["-I", NATIVE, "-I", csrc, "-I", csrc / "cuda"]
+            done = run(["g++", *flags, *include, "-x", "c++", "-c", source, "-o", unfinished])
+            assert done.returncode == 0, done.stderr[-4000:]
+            unfinished.replace(made)
+    return made
+
+
+def link(objects: list[Path], sanitizer: str, to: Path) -> Path:
+    done = run(["g++", *SANITIZERS[sanitizer], *objects, "-o", to, "-pthread"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return to
+
+
+def run_driver(driver: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = run([driver, *arguments], env=environment)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not know this kernel's address space")
+    return done
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Objects by the hash of their sources and flags, kept from run to run where pytest keeps anything."""
+    keeper = getattr(request.config, "cache", None)
+    return Path(keeper.mkdir("cuda_source")) if keeper else tmp_path_factory.mktemp("cuda_source")
+
+
+@pytest.fixture(scope="session")
+def has_sanitizer(tmp_path_factory: pytest.TempPathFactory):
+    known: dict[str, bool] = {}
+
+    def check(name: str) -> None:
+        if name not in known:
+            source = tmp_path_factory.mktemp("probe") / "probe.cpp"
+            source.write_text("int main() {}\n")
+            known[name] = run(["g++", *SANITIZERS[name], source, "-o", source.with_suffix("")]).returncode == 0
+        if not known[name]:
+            pytest.skip(f"g++ has no {name} sanitizer here")
+
+    return check
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_all_cases_agree_with_the_formulas_and_no_sanitizer_objects(sanitizer, cache, has_sanitizer, tmp_path, rng):
+    has_sanitizer(sanitizer)
+    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    driver = link([compile_object(s, CSRC, sanitizer, cache) for s in sources], sanitizer, tmp_path / "driver")
+    seed = int(torch.randint(1 << 31, (), generator=rng))
+    done = run_driver(driver, seed)
+    assert done.returncode == 0, f"seed {seed}\n{done.stdout[-1000:]}{done.stderr[-6000:]}"
+    checks = int(re.findall(r"(\d+) checks, 0 failures", done.stdout)[0])
+    assert checks > 300_000
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread", "none"])
+def test_the_small_case_is_right_without_a_fault(sanitizer, cache, has_sanitizer, tmp_path):
+    """What the next test finds is its fault, and not there before."""
+    has_sanitizer(sanitizer)
+    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    driver = link([compile_object(s, CSRC, sanitizer, cache) for s in sources], sanitizer, tmp_path / "driver")
+    done = run_driver(driver, 1, "one")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_found(fault, cache, has_sanitizer, tmp_path):
+    has_sanitizer(fault.finder)
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    target = csrc / "cuda" / fault.file
+    parts = target.read_text().split(fault.old)
+    assert fault.which < len(parts) - 1, f"{fault.file} no longer says {fault.old!r}"
+    if fault.old == "__syncthreads();":
+        assert len(parts) - 1 == BARRIERS[fault.file], "a new barrier wants a line in BARRIERS"
+    target.write_text(fault.old.join(parts[: fault.which + 1]) + fault.new + fault.old.join(parts[fault.which + 1 :]))
+
+    # score stands for all that use the shared headers
+    faulty = fault.file.removesuffix(".cu") if fault.file.endswith(".cu") else "score"
+    objects = [compile_object(CSRC / "cuda" / f"{v}.cu", CSRC, fault.finder, cache) for v in VERBS if v != faulty]
+    objects.append(compile_object(csrc / "cuda" / f"{faulty}.cu", csrc, fault.finder, tmp_path))
+    objects.append(compile_object(NATIVE / "driver.cpp", CSRC, fault.finder, cache))
+    done = run_driver(link(objects, fault.finder, tmp_path / "driver"), 1, "one")
+    assert done.returncode != 0
+    assert fault.report in done.stderr, done.stderr[-4000:]
