@@ -3,9 +3,10 @@
     python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench] [--limit SECONDS] [--dry-run]
 
 Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis and rich, and no network: the package
-is built in the checkout and runs from it. Writes a log a part and suite.json to the folder OUT. A part that the time limit cuts off is reported as such,
-and what it had written stays. With --dry-run, on a machine without a GPU, each part goes through what can be gone
-through there: collection of the tests marked `gpu`, and the benchmark on the CPU.
+is built in the checkout and runs from it. Writes a log a part and suite.json to the folder OUT. A part that the time
+limit cuts off is reported as such, and what it had written stays. With --dry-run, on a machine without a GPU, each part
+goes through what can be gone through there: the build, the collection of the tests marked `gpu`, and the benchmark on
+the CPU.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ void require_levels(const char* verb, const char* argument, const Tensors& level
 }
 
 void require_number(const char* verb, const Tensor& factor, const Tensor& like) {
+  require(factor.defined(), verb, ": factor is None");
   require(is_float(factor), verb, ": factor must be float32, float64, bfloat16 or float16");
   require(factor.dim() == 0, verb, ": factor must be 0-dim, got ", Shape{factor});
   require(factor.device() == like.device(), verb, ": factor is on another device than the levels; move it there");
@@ -110,10 +111,14 @@ int64_t positions(const Tensors& levels) {
 View view(const Tensor& t, const void* data) {
   const int64_t h = t.stride(2), w = t.stride(3), height = t.size(2), width = t.size(3);
   int64_t p = -1;
-  if (height <= 1 && width <= 1) p = 1;
-  else if (height <= 1) p = w;
-  else if (width <= 1) p = h;
-  else if (h == width * w) p = w;
+  if (height <= 1 && width <= 1)
+    p = 1;
+  else if (height <= 1)
+    p = w;
+  else if (width <= 1)
+    p = h;
+  else if (h == width * w)
+    p = w;
   return {const_cast<void*>(data), t.stride(0), t.size(1) > 1 ? t.stride(1) : 1, h, w, p, dtype_of(t)};
 }
 
@@ -187,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensors> imitate_op(Tensors student, Tensors teacher,
   const Tensor& like = student[0];
   const int64_t count = static_cast<int64_t>(student.size());
   for (const auto& [name, t] : {std::pair{"scores", &scores}, std::pair{"norm", &norm}}) {
+    require(t->defined(), "imitate: ", name, " is None");
     require(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double, "imitate: ", name,
             " must be float32 or float64");
     require(t->dim() == 1 && t->is_contiguous(), "imitate: ", name, " ", Shape{*t}, " must be 1-dim and contiguous");
@@ -203,9 +209,20 @@ std::tuple<Tensor, Tensor, Tensors> imitate_op(Tensors student, Tensors teacher,
 
   const DType dtype = accumulated(accumulated(DType::f32, student), teacher);
   std::vector<Level> levels = table(student);
-  Imitate call{levels.data(), count, dtype, dtype_of(scores), scores.const_data_ptr(), norm.const_data_ptr(),
-               factor ? factor->const_data_ptr() : nullptr, factor ? dtype_of(*factor) : dtype, weight, temperature,
-               loss_of(loss), want_grad, nullptr, nullptr};
+  Imitate call{levels.data(),
+               count,
+               dtype,
+               dtype_of(scores),
+               scores.const_data_ptr(),
+               norm.const_data_ptr(),
+               factor ? factor->const_data_ptr() : nullptr,
+               factor ? dtype_of(*factor) : dtype,
+               weight,
+               temperature,
+               loss_of(loss),
+               want_grad,
+               nullptr,
+               nullptr};
   const Queue queue(like);
   Tensors grads;
   for (size_t i = 0; i < levels.size(); ++i) {

@@ -58,8 +58,8 @@ def _imitate_fake(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype = accumulate_dtype(*student, *teacher)
-    total = scores.new_empty(() if want_loss else 0, dtype=dtype)
-    per_level = scores.new_empty(len(student) if want_loss else 0, dtype=dtype)
+    total = student[0].new_empty(() if want_loss else 0, dtype=dtype)
+    per_level = student[0].new_empty(len(student) if want_loss else 0, dtype=dtype)
     return total, per_level, [torch.empty_like(x) for x in student] if want_grad else []
 
 
@@ -117,7 +117,8 @@ def _one_dtype(levels: Sequence[Tensor]) -> bool:
 
 def _fakes(namespace: str, library: torch.library.Library) -> Verbs:
     """Give the operators of a namespace their fake implementations; they stay as long as the library object."""
-    for name, fake in zip(("score", "imitate", "scale_"), (_score_fake, _imitate_fake, _scale_fake), strict=True):
+    fakes: dict[str, Callable[..., Any]] = {"score": _score_fake, "imitate": _imitate_fake, "scale_": _scale_fake}
+    for name, fake in fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     ops = getattr(torch.ops, namespace)
     return Verbs(ops.score.default, ops.imitate.default, ops.scale_.default)

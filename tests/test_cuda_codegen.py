@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.timeout(
         900
     ),  # all objects, on one core, if none is kept from the last run: 80 s where this was written
-    pytest.mark.xdist_group("cuda-codegen"),
 ]
 DTYPES = {"float", "double", "bfloat16", "half"}
 

@@ -24,7 +24,8 @@ struct Kernels {
   decltype(&baseline::number) number;
 };
 
-#define FRS_KERNELS_OF(ISA) Kernels{#ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::number}
+#define FRS_KERNELS_OF(ISA) \
+  Kernels { #ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::number }
 
 // The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for a narrower one.
 Kernels choose() {
@@ -100,8 +101,8 @@ void write(void* numbers, DType dtype, int64_t at, double value) {
 
 const char* instructions() { return kernels().name; }
 
-// Fresh memory comes from the system page by page, each zeroed at its first touch: 4 KB at a time that takes longer than
-// computing what is written there. In pages of 2 MB it does not. A hint: where it is refused, nothing is lost.
+// Fresh memory comes from the system page by page, each zeroed at its first touch: 4 KB at a time that takes longer
+// than computing what is written there. In pages of 2 MB it does not. A hint: where it is refused, nothing is lost.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 2 << 20;

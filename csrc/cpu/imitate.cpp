@@ -80,8 +80,8 @@ template <class T>
 void weigh(const Imitate& call, const Tile& tile, int64_t p0, int64_t p1, T upstream, T* share, T* coefficient) {
   const int64_t first = tile.level->first + tile.n * tile.level->positions() + p0, size = p1 - p0;
   if (call.score_dtype == DType::f64)
-    share_run(share, static_cast<const double*>(call.scores) + first,
-              static_cast<const double*>(call.norm)[tile.index], size);
+    share_run(share, static_cast<const double*>(call.scores) + first, static_cast<const double*>(call.norm)[tile.index],
+              size);
   else
     share_run(share, static_cast<const float*>(call.scores) + first, static_cast<const float*>(call.norm)[tile.index],
               size);
@@ -110,9 +110,15 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   if (!level.interleaved) weigh(call, tile, tile.p0, tile.p1, factor, share.values, coefficient.values);
   double sum = 0;
   each_row(tile, [&](const Row& row) {
-    Values<T> v{fetch(level.student, row, x_buffer), fetch(level.teacher, row, z_buffer),
-                target(level.grad, row, grad_buffer), share.values, coefficient.values, row.size(),
-                static_cast<T>(1 / tau), level.student.c, stream};
+    Values<T> v{fetch(level.student, row, x_buffer),
+                fetch(level.teacher, row, z_buffer),
+                target(level.grad, row, grad_buffer),
+                share.values,
+                coefficient.values,
+                row.size(),
+                static_cast<T>(1 / tau),
+                level.student.c,
+                stream};
     v.stream = stream && v.grad != grad_buffer.values;
     if (level.interleaved) {
       weigh(call, tile, row.p0, row.p1, factor, share.values, coefficient.values);

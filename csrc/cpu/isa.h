@@ -5,16 +5,16 @@
 
 #include "tiles.h"
 
-#define FRS_KERNELS(ISA)                                                                           \
-  namespace frs::ISA {                                                                             \
-  /* Write the scores of a tile; their sum. */                                                     \
-  double score_tile(const Score&, const Tile&);                                                    \
-  /* Write the gradients of a tile, where wanted; the sum of share * value, or 0. */               \
-  double imitate_tile(const Imitate&, const Tile&, double upstream);                               \
-  /* Multiply the values [begin, end) of a run. */                                                 \
-  void scale_run(const Run&, int64_t begin, int64_t end, double factor);                           \
-  /* A number of any dtype. */                                                                     \
-  double number(const void* data, DType);                                                          \
+// score_tile      writes the scores of a tile; their sum
+// imitate_tile    writes the gradients of a tile, where they are wanted; the sum of share * value
+// scale_run       multiplies the values [begin, end) of a run
+// number          a number of any dtype
+#define FRS_KERNELS(ISA)                                                 \
+  namespace frs::ISA {                                                   \
+  double score_tile(const Score&, const Tile&);                          \
+  double imitate_tile(const Imitate&, const Tile&, double upstream);     \
+  void scale_run(const Run&, int64_t begin, int64_t end, double factor); \
+  double number(const void* data, DType);                                \
   }
 
 FRS_KERNELS(baseline)

@@ -1,4 +1,5 @@
-// score: S_p = max_k sigmoid(z_pk) = sigmoid(max_k z_pk), and the sum of a tile's scores. A NaN comes through the maximum.
+// score: S_p = max_k sigmoid(z_pk) = sigmoid(max_k z_pk), and the sum of a tile's scores. A NaN comes through the
+// maximum.
 #include "isa.h"
 #include "rows.h"
 

@@ -9,8 +9,8 @@
 
 namespace frs {
 
-constexpr int64_t ROW = 1024;         // values: 4 KB in fp32, three rows and the shares in 16 of L1's 32 KB
-constexpr int64_t TILE = 16 * ROW;    // values: 5 to 20 microseconds, short enough to share out evenly
+constexpr int64_t ROW = 1024;       // values: 4 KB in fp32, three rows and the shares in 16 of L1's 32 KB
+constexpr int64_t TILE = 16 * ROW;  // values: 5 to 20 microseconds, short enough to share out evenly
 
 struct Tile {
   const Level* level;
@@ -53,7 +53,12 @@ static inline Cut imitate_cut(const Level& level) {
 static inline Tile tile_of(const Level& level, const Cut& cut, int64_t index, int64_t number) {
   const int64_t chunk = number % cut.chunks, block = number / cut.chunks % cut.blocks;
   const int64_t c0 = chunk * cut.channels, p0 = block * cut.length;
-  return {&level, index, number / (cut.chunks * cut.blocks), c0, at_most(c0 + cut.channels, level.c), p0,
+  return {&level,
+          index,
+          number / (cut.chunks * cut.blocks),
+          c0,
+          at_most(c0 + cut.channels, level.c),
+          p0,
           at_most(p0 + cut.length, level.positions())};
 }
 

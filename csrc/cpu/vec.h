@@ -90,10 +90,10 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
   }
 
   // exp(-a) for a >= 0, within 1.7 ulp. -a = k ln 2 + r with |r| <= ln 2 / 2, and the polynomial is e^r to 2^-28; its
-  // terms are paired, not nested, since a step waits for the chain (-10 % of bce's time on a Zen 3, for 0.7 ulp). 2^k is
-  // 2^(k + 64) times 2^-64, so that a subnormal result, for a above 87.3, is rounded once and not cut off.
+  // terms are paired, not nested, since a step waits for the chain (-10 % of bce's time on a Zen 3, for 0.7 ulp). 2^k
+  // is 2^(k + 64) times 2^-64, so that a subnormal result, for a above 87.3, is rounded once and not cut off.
   static FRS_INLINE V exp_neg(V a) {
-    a = minimum(105.0f - V{}, a);  // exp(-105) rounds to 0
+    a = minimum(105.0f - V{}, a);     // exp(-105) rounds to 0
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     const V shifted = a * -1.44269504f + magic;
     const V k = shifted - magic;

@@ -16,13 +16,14 @@ namespace {
 
 constexpr uint32_t MAX_POSITIONS = 1024;  // of a tile: shares take 4 KB of shared memory, 8 in fp64
 
-// Packets of x and of z under way at once: 64 bytes a thread and more, of which four blocks make 32 KB a
+// Packets of x and of z under way at once. Two pairs of 16 bytes are 64 bytes a thread, and of four blocks 32 KB a
 // multiprocessor.
 template <Loss LOSS, int V>
-constexpr int UNROLL = V == 1                       ? 8
-                       : LOSS == Loss::mse || V < 8 ? 4
-                                                    : 2;
-// Then they are worked on one after another: 16 numbers of bce at once spilled at 128 registers.
+constexpr int unroll() {
+  if (V == 1) return 8;
+  return LOSS == Loss::mse || V < 8 ? 4 : 2;
+}
+// They are worked on one after another where 16 numbers of bce at once spilled at 128 registers.
 template <Loss LOSS, int V>
 constexpr bool ONE_BY_ONE = LOSS != Loss::mse && V == 8;
 constexpr int MAX_UNROLL = 4;  // of the packets wider than one number
@@ -123,7 +124,7 @@ __device__ __forceinline__ void read_shares(const A* shares, bool interleaved, c
 // The sum of share * value over this thread's part of the tile; writes its gradients.
 template <class S, class T, class A, Loss LOSS, bool WANT_LOSS, int V>
 __device__ __forceinline__ A walk(const ImitateLevel& level, const Tile& tile, const A* shares, A upstream, A inverse) {
-  constexpr int U = UNROLL<LOSS, V>;
+  constexpr int U = unroll<LOSS, V>();
   const Place student(level.student, level, tile), teacher(level.teacher, level, tile), grad(level.grad, level, tile);
   const uint32_t packets = level.columns / V, end = tile.rows * packets;
   A sum = 0;
@@ -218,8 +219,8 @@ __global__ void __launch_bounds__(THREADS, LOSS == Loss::mse && sizeof(A) == 4 ?
 
 using Kernel = void (*)(ImitateTable, ImitateCall);
 
-// bce alone has a kernel without the loss, which saves 85 of 497 instructions a packet in bf16. mse would save one a
-// number, and the gradient of kl is that of bce.
+// bce alone has a kernel without the loss: in bf16 that saves a sixth of the instructions. mse would save one a number,
+// and the gradient of kl is that of bce.
 template <class S, class T, class A, int V>
 Kernel kernel_of(Loss loss, bool want_loss) {
   if (loss == Loss::mse) return imitate_kernel<S, T, A, Loss::mse, true, V>;
@@ -254,7 +255,7 @@ Kernel kernel_of(const Imitate& call, int& width) {
                           : kernel_of<f16, f16, float, 8>(call.loss, want_loss);
 }
 
-// n cut into equal parts of at most `most`; more than one part are multiples of 8, the widest packet.
+// n cut into equal parts of at most `most`; where they are several, a multiple of `granule` each.
 uint32_t part_of(int64_t n, int64_t most, int64_t granule) {
   const int64_t parts = cdiv(n, most);
   return parts == 1 ? static_cast<uint32_t>(n) : static_cast<uint32_t>(cdiv(cdiv(n, parts), granule) * granule);
@@ -263,7 +264,7 @@ uint32_t part_of(int64_t n, int64_t most, int64_t granule) {
 // Rows and columns of a tile of about `size` numbers. A planar row is 256 positions, so that a tile has several of them
 // and reads its shares once for all; where channels are few, rows are longer.
 void cut(const Level& level, int64_t size, ImitateLevel& entry) {
-  constexpr int64_t GRANULE = 8;
+  constexpr int64_t GRANULE = 8;  // the widest packet
   if (level.interleaved) {
     entry.columns = part_of(level.c, 4096, GRANULE);
     entry.rows = part_of(level.positions(), std::clamp<int64_t>(size / entry.columns, 1, MAX_POSITIONS), 1);

@@ -19,7 +19,7 @@ namespace frs::cuda {
 constexpr uint32_t THREADS = FRS_THREADS;
 constexpr uint32_t WARP = 32;
 constexpr uint32_t WARPS = THREADS / WARP;
-static_assert(THREADS % WARP == 0);
+static_assert(THREADS % WARP == 0 && THREADS <= 256);  // more would make tiles too large for `divide`
 constexpr int64_t BLOCKS = FRS_BLOCKS;  // enough to fill a device of 100 to 200 multiprocessors a few times over
 
 inline void check(cudaError_t error, const char* verb) {

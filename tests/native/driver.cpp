@@ -7,6 +7,8 @@
 //
 //     driver SEED             all cases
 //     driver SEED one         one small case of every verb, for the tests that plant a fault
+//     driver SEED far         images and channels more than 2^31 numbers apart; 77 if there are no such addresses
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -96,10 +98,13 @@ enum Layout {
   rows_apart,
   every_other,
   transposed,
-  LAYOUTS
+  LAYOUTS,
+  far_images = LAYOUTS,
+  far_channels
 };
-const char* const LAYOUT_NAMES[] = {"contiguous",       "channels_last", "misaligned",  "misaligned_last", "batch_gap",
-                                    "channel_gap_last", "rows_apart",    "every_other", "transposed"};
+const char* const LAYOUT_NAMES[] = {"contiguous", "channels_last",    "misaligned",  "misaligned_last",
+                                    "batch_gap",  "channel_gap_last", "rows_apart",  "every_other",
+                                    "transposed", "far_images",       "far_channels"};
 bool is_last(Layout l) { return l == channels_last || l == misaligned_last || l == channel_gap_last; }
 
 struct Shape {
@@ -111,9 +116,9 @@ struct Tensor {
   Shape shape;
   Layout layout;
   View view{};
-  std::unique_ptr<char[]> memory;
-  std::vector<char> before;
-  int64_t size = 0;  // bytes
+  std::unique_ptr<char[], void (*)(char*)> memory{nullptr, [](char* p) { delete[] p; }};
+  std::vector<char> before;  // nothing where images or channels are far apart
+  int64_t size = 0;          // bytes
 
   Tensor(Shape s, DType dtype, Layout l) : shape(s), layout(l) {
     view.dtype = dtype;
@@ -129,12 +134,20 @@ struct Tensor {
       case transposed: strides(c * h * w, h * w, 1, h); break;
       default: strides(c * h * w, h * w, w, 1);
     }
+    if (layout == far_images) view.n = (int64_t(1) << 31) + 8;
+    if (layout == far_channels) view.c = (int64_t(1) << 31) + 8, view.n = c * view.c;
     if (layout == misaligned || layout == misaligned_last) lead = 1;
     const bool empty = n * h * w == 0;
     const int64_t span = empty ? 0 : 1 + (n - 1) * view.n + (c - 1) * view.c + (h - 1) * view.h + (w - 1) * view.w;
     size = (lead + span) * bytes(dtype);
-    memory.reset(new char[size]);
-    std::memset(memory.get(), 0xff, size);  // NaN in every dtype
+    if (is_far()) {
+      void* map = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (map == MAP_FAILED) std::exit(77);
+      memory = {static_cast<char*>(map), [](char*) {}};
+    } else {
+      memory.reset(new char[size]);
+      std::memset(memory.get(), 0xff, size);  // NaN in every dtype
+    }
     view.data = memory.get() + lead * bytes(dtype);
     view.p = h == 1 || w == 1 || view.h == w * view.w ? (w == 1 ? view.h : view.w) : -1;
     if (h * w == 1) view.p = is_last(layout) ? c : 1;
@@ -158,10 +171,14 @@ struct Tensor {
       for (int64_t c = 0; c < shape.c; ++c)
         for (int64_t p = 0; p < shape.positions(); ++p) set(n, c, p, normal(mean, spread));
   }
-  void remember() { before.assign(memory.get(), memory.get() + size); }
+  bool is_far() const { return layout >= LAYOUTS; }
+  void remember() {
+    if (!is_far()) before.assign(memory.get(), memory.get() + size);
+  }
   bool is_as_remembered() const { return std::equal(before.begin(), before.end(), memory.get()); }
   // True if memory between the numbers of this view still holds what was remembered.
   bool gaps_are_kept() {
+    if (is_far()) return true;
     std::vector<char> now(memory.get(), memory.get() + size);
     for (int64_t n = 0; n < shape.n; ++n)
       for (int64_t c = 0; c < shape.c; ++c)
@@ -272,7 +289,8 @@ void run(const std::string& name, const std::vector<LevelSpec>& specs, const Opt
     const LevelSpec& s = specs[l];
     students.emplace_back(s.shape, s.student, s.student_layout).fill(-0.5, 3);
     teachers.emplace_back(s.shape, s.teacher, s.teacher_layout).fill(-1, 3);
-    const bool dense = s.student_layout == transposed || s.student_layout == channels_last;
+    const bool dense =
+        s.student_layout == transposed || s.student_layout == channels_last || s.student_layout >= LAYOUTS;
     // torch.empty_like: the student's strides if it is dense; a gap in one case of three all the same
     grads.emplace_back(s.shape, s.student,
                        dense || pick(0, 2) == 0    ? s.student_layout
@@ -495,13 +513,28 @@ void one_case() {
   for (double factor : {0.3, 1.0}) run_scale("one", {333, 64}, {DType::f32}, factor, DType::f32);
 }
 
+void far_cases() {
+  for (DType d : {DType::f32, DType::f16})
+    for (Layout l : {far_images, far_channels})
+      for (Loss loss : {Loss::mse, Loss::bce}) {
+        Options o;
+        o.loss = loss;
+        run(LAYOUT_NAMES[l], {{{2, 16, 4, 8}, d, d, l, l}, {{2, 3, 5, 7}, d, d, l, l}}, o);
+      }
+  run("far, mixed", {{{2, 3, 4, 8}, DType::f32, DType::bf16, far_images, far_channels}}, Options{});
+  run("far, any", {{{2, 3, 4, 8}, DType::bf16, DType::f32, far_images, far_channels}}, Options{});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   alarm(280);  // a barrier that not all threads reach waits for ever
   rng.seed(argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0);
-  if (argc > 2 && std::string(argv[2]) == "one")
+  const std::string cases = argc > 2 ? argv[2] : "all";
+  if (cases == "one")
     one_case();
+  else if (cases == "far")
+    far_cases();
   else
     all_cases();
   std::printf("%d checks, %d failures, largest error %.2Lf of its bound\n", checks, failures, worst);
