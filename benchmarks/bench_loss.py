@@ -43,12 +43,17 @@ def synchronize(device: str) -> None:
 
 
 def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round; within a round they take turns, so that a slow moment hits all."""
+    """Seconds of each step in each round; within a round they take turns, so that a slow moment hits all.
+
+    A turn is two runs and the second counts, as in training: the first may meet memory that the system has taken back
+    meanwhile, or that it hands out for the first time.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
+            step()
             synchronize(device)
             start = time.perf_counter()
             step()

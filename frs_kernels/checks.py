@@ -77,6 +77,8 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
 
 def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor], hint: str) -> None:
     """Two lists of (N, C, H, W) levels that must agree in everything but dtype and strides."""
+    if a[0].device == b[0].device and [x.shape for x in a] == [z.shape for z in b]:
+        return
     check_positions(a_name, a, b_name, b)
     for level, (x, z) in enumerate(zip(a, b, strict=True)):
         if x.shape[1] != z.shape[1]:

@@ -359,6 +359,8 @@ def _denominator(
     mass: Tensor, like: Levels, normalizer: str, eps: float, level_weights: Sequence[float] | None
 ) -> Tensor:
     """norm_l = (M_l * C_l + eps) / w_l, infinite where w_l is 0; the mass itself by default, which costs nothing."""
+    if normalizer == "mass" and level_weights is None and eps == 0:
+        return mass
     weights = [1.0] * len(like) if level_weights is None else level_weights
     channels = [float(x.shape[1]) if normalizer == "mass_channels" else 1.0 for x in like]
     scale = [c / w if w else 0.0 for c, w in zip(channels, weights, strict=True)]

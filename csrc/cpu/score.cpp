@@ -11,7 +11,8 @@ FRS_INLINE T larger(T best, T z) {
   return z > best || z != z ? z : best;
 }
 
-// best[i] = max(best[i], z[i]). A vector's maximum forgets a NaN; the sum beside it does not.
+// best[i] = max(best[i], z[i]). A vector's maximum forgets a NaN; the sum beside it does not. `ahead` is fetched early:
+// the hardware's prefetch stops where a row ends.
 inline void keep_larger(double* best, double*, const double* z, int64_t size, int64_t) {
   for (int64_t i = 0; i < size; ++i) best[i] = larger(best[i], z[i]);
 }
@@ -78,7 +79,7 @@ double score_positions(const Score& call, const Tile& tile) {
   each_row(tile, [&](const Row& row) {
     const T* z = fetch(tile.level->teacher, row, wide);
     if (!interleaved) {
-      keep_larger(top.values, sums.values, z, row.size(), tile.level->teacher.c);
+      keep_larger(top.values, sums.values, z, row.size(), 2 * tile.level->teacher.c);
     } else {
       const int64_t channels = row.c1 - row.c0;
       for (int64_t p = row.p0; p < row.p1; ++p, z += channels) {

@@ -41,7 +41,7 @@ static inline Cut cut(const Level& level, int64_t length, int64_t channels) {
 
 // A score needs all channels of its positions.
 static inline Cut score_cut(const Level& level) {
-  return cut(level, level.interleaved ? TILE / level.c : ROW / 2, level.c);
+  return cut(level, level.interleaved ? TILE / level.c : ROW, level.c);
 }
 
 static inline Cut imitate_cut(const Level& level) {
