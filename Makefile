@@ -39,6 +39,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_loss.py
 
 codegen: install
+	$(BIN)/python tools/resources.py --write
 	$(BIN)/python tools/codegen.py --write
 
 clean:

@@ -113,15 +113,15 @@ FRS_INLINE Pointwise<V> bernoulli(V x, V z) {
   return {value, Primitives<V>::mirror(x, miss - tail)};
 }
 
-// S is the scalar type of V. The temperature divides the logits and its square multiplies the loss; mse ignores it.
+// Of the logits over the temperature; mse ignores it. S is the scalar type of V. The loss is the value times the
+// temperature squared, its derivative the slope times the temperature: the caller applies both, once for many values.
 template <Loss LOSS, class V, class S>
-FRS_INLINE Pointwise<V> pointwise(V x, V z, S inverse_temperature, S temperature) {
+FRS_INLINE Pointwise<V> pointwise(V x, V z, S inverse_temperature) {
   if constexpr (LOSS == Loss::mse) {
     const V d = x - z;
     return {d * d, d + d};
   } else {
-    const Pointwise<V> one = bernoulli<LOSS == Loss::kl>(x * inverse_temperature, z * inverse_temperature);
-    return {one.value * (temperature * temperature), one.slope * temperature};
+    return bernoulli<LOSS == Loss::kl>(x * inverse_temperature, z * inverse_temperature);
   }
 }
 

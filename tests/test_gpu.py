@@ -12,7 +12,7 @@ from cases import FLOATS, assert_right, ids, relative, run, same_bits
 from torch import Tensor, nn
 from truth import Pyramid, pyramid, truth
 
-from frs_kernels import FeatureAdapter, FSRLoss, fsr_loss, richness_mask
+from frs_kernels import FeatureAdapter, FSRLoss, backends, fsr_loss, richness_mask
 from frs_kernels.ops import VERBS
 
 pytestmark = pytest.mark.gpu
@@ -22,48 +22,52 @@ FPN = ((2, 32, 40), (2, 16, 20), (2, 8, 10), (2, 4, 5), (2, 2, 3))
 WIDE = {"sizes": FPN, "channels": 64, "classes": 90, "device": "cuda"}
 
 
-def step(p: Pyramid, **options: Any) -> list[Tensor]:
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    return request.param
+
+
+def step(p: Pyramid, backend: str, **options: Any) -> list[Tensor]:
     """Loss and gradients, on the current stream, with nothing that waits."""
-    loss = fsr_loss(*p.inputs, **{"backend": "triton"} | options)
+    loss = fsr_loss(*p.inputs, backend=backend, **options)
     return [loss.detach(), *torch.autograd.grad(loss, p.student)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @MODES
-def test_a_whole_pyramid_is_right(rng, dtype, layout, grad_mode):
-    assert_right(pyramid(rng, dtype=dtype, layout=layout, **WIDE), "triton", grad_mode=grad_mode)
+def test_a_whole_pyramid_is_right(rng, backend, dtype, layout, grad_mode):
+    assert_right(pyramid(rng, dtype=dtype, layout=layout, **WIDE), backend, grad_mode=grad_mode)
 
 
 @pytest.mark.parametrize("cls_loss", ["bce", "kl"])
-def test_gradcheck_natively(rng, cls_loss):
+def test_gradcheck_natively(rng, backend, cls_loss):
     p = pyramid(rng, sizes=((2, 3, 3), (1, 1, 2)), channels=3, classes=5, dtype=torch.float64, device="cuda")
 
     def call(*leaves: Tensor) -> Tensor:
-        return fsr_loss(list(leaves[:2]), p.t, list(leaves[2:]), p.z, cls_loss=cls_loss, backend="triton")
+        return fsr_loss(list(leaves[:2]), p.t, list(leaves[2:]), p.z, cls_loss=cls_loss, backend=backend)
 
     # fp64 sums of 2^-53 leave room below the tolerance; the sums must also be the same every time.
     assert torch.autograd.gradcheck(call, p.student, nondet_tol=0.0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck_natively(rng, layout):
+def test_opcheck_natively(rng, backend, layout):
     p = pyramid(rng, sizes=((2, 3, 5), (1, 1, 1)), layout=layout, device="cuda")
     x = [v.detach() for v in p.x]
-    scores, mass = VERBS["triton"].score(p.z)
-    torch.library.opcheck(torch.ops.frs_triton.score.default, (p.z,))
-    torch.library.opcheck(
-        torch.ops.frs_triton.imitate.default, (x, p.z, scores, mass, None, 1.0, "bce", 1.0, True, True)
-    )
-    torch.library.opcheck(torch.ops.frs_triton.scale_.default, (x, torch.tensor(2.0, device="cuda")))
+    scores, mass = VERBS[backend].score(p.z)
+    verbs = VERBS[backend]
+    torch.library.opcheck(verbs.score, (p.z,))
+    torch.library.opcheck(verbs.imitate, (x, p.z, scores, mass, None, 1.0, "bce", 1.0, True, True))
+    torch.library.opcheck(verbs.scale_, (x, torch.tensor(2.0, device="cuda")))
 
 
 @MODES
-def test_a_hundred_runs_give_the_same_bits(rng, grad_mode):
+def test_a_hundred_runs_give_the_same_bits(rng, backend, grad_mode):
     p = pyramid(rng, **WIDE)
-    first = step(p, grad_mode=grad_mode)
+    first = step(p, backend, grad_mode=grad_mode)
     for _ in range(100):
-        assert all(same_bits(a, b) for a, b in zip(first, step(p, grad_mode=grad_mode), strict=True))
+        assert all(same_bits(a, b) for a, b in zip(first, step(p, backend, grad_mode=grad_mode), strict=True))
 
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -77,14 +81,14 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 @MODES
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_host_never_waits(rng, grad_mode, options):
+def test_the_host_never_waits(rng, backend, grad_mode, options):
     p, chosen = pyramid(rng, **WIDE), OPTIONS[options]()
-    expected = step(p, grad_mode=grad_mode, **chosen)  # kernels are compiled and loaded here
+    expected = step(p, backend, grad_mode=grad_mode, **chosen)  # kernels are compiled and loaded here
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        actual = step(p, grad_mode=grad_mode, **chosen)
-        richness_mask(p.z, backend="triton")
+        actual = step(p, backend, grad_mode=grad_mode, **chosen)
+        richness_mask(p.z, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True))
@@ -92,17 +96,17 @@ def test_the_host_never_waits(rng, grad_mode, options):
 
 @MODES
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_captured_graph_replays_with_other_inputs(rng, grad_mode, options):
+def test_a_captured_graph_replays_with_other_inputs(rng, backend, grad_mode, options):
     p, chosen = pyramid(rng, **WIDE), OPTIONS[options]()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(p, grad_mode=grad_mode, **chosen)
+            step(p, backend, grad_mode=grad_mode, **chosen)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(p, grad_mode=grad_mode, **chosen)
+        captured = step(p, backend, grad_mode=grad_mode, **chosen)
     for _ in range(3):
         other = pyramid(rng, **WIDE)
         with torch.no_grad():
@@ -111,31 +115,31 @@ def test_a_captured_graph_replays_with_other_inputs(rng, grad_mode, options):
                     level.copy_(value)
         graph.replay()
         torch.cuda.synchronize()
-        for a, b in zip(captured, step(other, grad_mode=grad_mode, **chosen), strict=True):
+        for a, b in zip(captured, step(other, backend, grad_mode=grad_mode, **chosen), strict=True):
             assert same_bits(a, b)
 
 
-def test_two_streams_at_once_do_not_meet(rng):
+def test_two_streams_at_once_do_not_meet(rng, backend):
     """Each launch has slots and a counter of its own."""
     pyramids = [pyramid(rng, **WIDE) for _ in range(2)]
-    expected = [step(p) for p in pyramids]
+    expected = [step(p, backend) for p in pyramids]
     streams = [torch.cuda.Stream() for _ in pyramids]
     torch.cuda.synchronize()
     results: list[list[list[Tensor]]] = [[], []]
     for _ in range(50):
         for number, (p, stream) in enumerate(zip(pyramids, streams, strict=True)):
             with torch.cuda.stream(stream):
-                results[number].append(step(p))
+                results[number].append(step(p, backend))
     torch.cuda.synchronize()
     for right, runs in zip(expected, results, strict=True):
         for actual in runs:
             assert all(same_bits(a, b) for a, b in zip(right, actual, strict=True))
 
 
-def test_the_current_stream_is_used(rng):
+def test_the_current_stream_is_used(rng, backend):
     """Inputs that a slow kernel on the same stream still has to make."""
     p = pyramid(rng, **WIDE)
-    expected = step(p)
+    expected = step(p, backend)
     late = p.map(torch.zeros_like)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -145,24 +149,24 @@ def test_the_current_stream_is_used(rng):
             for level, value in zip(levels, values, strict=True):
                 level.copy_(value)
         with torch.enable_grad():
-            actual = step(late)
+            actual = step(late, backend)
     torch.cuda.synchronize()
     assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one NVIDIA GPU only")
-def test_another_device_than_the_current_one(rng):
+def test_another_device_than_the_current_one(rng, backend):
     p = pyramid(rng, **WIDE)
     other = p.map(lambda v: v.to("cuda:1"))
     with torch.cuda.device(0):
-        actual = step(other)
+        actual = step(other, backend)
     assert all(v.device == torch.device("cuda:1") for v in actual)
-    for a, b in zip(step(p), actual, strict=True):
+    for a, b in zip(step(p, backend), actual, strict=True):
         assert relative(a.cpu(), b.cpu()) <= 4 * torch.finfo(a.dtype).eps
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_level_of_more_than_2_to_the_31_elements(layout):
+def test_a_level_of_more_than_2_to_the_31_elements(backend, layout):
     if torch.cuda.mem_get_info()[0] < 20 << 30:
         pytest.skip("needs 20 GiB of device memory")
     shape = (2, 512, 2048, 1032)
@@ -174,7 +178,7 @@ def test_a_level_of_more_than_2_to_the_31_elements(layout):
         s[place] = number + 1.0
     s.requires_grad_()
     z = torch.full((2, 1, *shape[2:]), -3.0, device="cuda")
-    terms = fsr_loss([s], [t], None, [z], backend="triton", return_terms=True)
+    terms = fsr_loss([s], [t], None, [z], backend=backend, return_terms=True)
     share = 1.0 / (2 * shape[2] * shape[3])
     assert abs(terms.feat.item() - 55 * share) <= 1e-6 * 55 * share
     (grad,) = torch.autograd.grad(terms.loss, s)
@@ -184,11 +188,9 @@ def test_a_level_of_more_than_2_to_the_31_elements(layout):
     assert sum(int(image.count_nonzero()) for image in grad) == len(ends)
 
 
-def test_reduce_overhead(rng):
+def test_reduce_overhead(rng, backend):
     """torch.compile's CUDA graphs: several steps, so that they are recorded and replayed."""
-    compiled = torch.compile(
-        lambda *inputs: fsr_loss(*inputs, backend="triton"), fullgraph=True, mode="reduce-overhead"
-    )
+    compiled = torch.compile(lambda *inputs: fsr_loss(*inputs, backend=backend), fullgraph=True, mode="reduce-overhead")
     p = pyramid(rng, **WIDE)
     for _ in range(5):
         torch.compiler.cudagraph_mark_step_begin()
@@ -197,7 +199,7 @@ def test_reduce_overhead(rng):
                 level.add_(0.01)
         loss = compiled(*p.inputs)
         grads = [g.clone() for g in torch.autograd.grad(loss, p.student)]
-        expected = run(p, "triton")
+        expected = run(p, backend)
         assert abs(loss.detach() - expected.loss) <= 1e-6 * expected.loss
         for a, b in zip(grads, expected.grads, strict=True):
             assert relative(a, b) <= 4 * torch.finfo(a.dtype).eps
@@ -205,12 +207,12 @@ def test_reduce_overhead(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=ids)
-def test_autocast_with_a_gradient_scaler(rng, dtype):
+def test_autocast_with_a_gradient_scaler(rng, backend, dtype):
     """The loss of a few steps falls, no step is skipped, and the gradients are those without scaling."""
     torch.manual_seed(0)
     neck, head, adapter = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 20, 1), FeatureAdapter(16, 8, 1)
     model = nn.ModuleList([neck, head, adapter]).cuda()
-    distil = FSRLoss(1e-4, 1e-4, backend="triton")
+    distil = FSRLoss(1e-4, 1e-4, backend=backend)
     images, t, z = (torch.randn(2, c, 16, 20, generator=rng).cuda() for c in (3, 8, 20))
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
     scaler = torch.amp.GradScaler("cuda", init_scale=65536.0, enabled=dtype == torch.float16)
@@ -235,15 +237,15 @@ def test_autocast_with_a_gradient_scaler(rng, dtype):
 
 @MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_memory_is_gradients_and_scores_and_a_megabyte(rng, grad_mode, layout):
+def test_memory_is_gradients_and_scores_and_a_megabyte(rng, backend, grad_mode, layout):
     # levels large enough that one more full-size tensor is more than the megabyte
     p = pyramid(rng, sizes=((2, 100, 168), (2, 50, 84)), channels=64, classes=80, layout=layout, device="cuda")
-    step(p, grad_mode=grad_mode)
+    step(p, backend, grad_mode=grad_mode)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    result = step(p, grad_mode=grad_mode)
+    result = step(p, backend, grad_mode=grad_mode)
     torch.cuda.synchronize()
     extra = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     gradients = sum(v.numel() * v.element_size() for v in p.student)
@@ -260,7 +262,7 @@ def launches(call: Callable[[], object]) -> list[str]:
     return [e.name for e in kernels if "Memset" not in e.name and "Memcpy" not in e.name]
 
 
-def test_a_default_step_is_five_launches_and_three_fills(rng):
+def test_a_default_step_is_five_launches_and_three_fills(rng, backend):
     """score, two imitate, the sum of two losses, scale_; a counter for each of the first three.
 
     The upstream gradient is given, or autograd would make it with one more fill.
@@ -269,7 +271,7 @@ def test_a_default_step_is_five_launches_and_three_fills(rng):
     one = torch.ones((), device="cuda")
 
     def call() -> None:
-        torch.autograd.grad(fsr_loss(*p.inputs, backend="triton"), p.student, one)
+        torch.autograd.grad(fsr_loss(*p.inputs, backend=backend), p.student, one)
 
     call()
     names = launches(call)
@@ -285,7 +287,7 @@ def test_other_image_sizes_compile_nothing_again(rng):
     def compiled() -> int:
         return sum(len(cache[0]) for k in (imitate_kernel, score_kernel) for cache in k.device_caches.values())
 
-    step(pyramid(rng, **WIDE))
+    step(pyramid(rng, **WIDE), "triton")
     before = compiled()
     for height, width in ((31, 47), (48, 16), (33, 33)):
         sizes = tuple((3, max(1, height >> i), max(1, width >> i)) for i in range(5))
@@ -293,9 +295,11 @@ def test_other_image_sizes_compile_nothing_again(rng):
     assert compiled() == before
 
 
-def test_auto_takes_a_gpu_backend(rng):
+def test_auto_takes_the_first_gpu_backend(rng):
     p = pyramid(rng, **WIDE)
     expected = truth(p.map(torch.Tensor.cpu)).loss
     loss = fsr_loss(*p.inputs).detach().cpu()
     assert abs(loss - expected) <= 1e-6 * expected
-    assert same_bits(loss, fsr_loss(*p.inputs, backend="triton").detach().cpu())
+    assert backends.choose("auto", "cuda") in ("cuda", "triton")
+    first = "cuda" if backends.why_not("cuda", "cuda") is None else "triton"
+    assert same_bits(loss, fsr_loss(*p.inputs, backend=first).detach().cpu())

@@ -1,15 +1,15 @@
-"""Compile csrc/cuda for sm_80, sm_90 and sm_100, with no GPU, and read what the compiler made of it.
+"""What nvcc made of csrc/cuda: registers, memory, width of loads and stores of every kernel in the CUDA library.
 
-    python tools/resources.py        a line a kernel: registers, shared memory, wide loads and stores
+    python tools/resources.py [--write]     a line a kernel; --write puts them into docs/codegen-cuda.md
 
-Objects are kept in build/cuda, by a hash of the sources and the flags: only a change compiles again.
+Reads the library that `make install` has built, no GPU needed.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
+import argparse
+import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -20,15 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
+LIBRARY = ROOT / "frs_kernels" / "lib" / "libfrs_cuda.so"
 VERBS = ("score", "imitate", "scale")
 ARCHITECTURES = (80, 90, 100)
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor
-FLAGS = (
-    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-    *(word for a in ARCHITECTURES for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")),
-    "-gencode", f"arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}",
-)  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -67,60 +62,30 @@ class Kernel(NamedTuple):
         return f"{self.verb}<{', '.join(self.arguments)}> sm_{self.architecture}"
 
 
-def find_nvcc() -> Path | None:
-    """nvcc on the PATH, under CUDA_HOME, or the newest under /usr/local."""
-    places = [shutil.which("nvcc"), os.environ.get("CUDA_HOME", "") + "/bin/nvcc"]
-    places += sorted(map(str, Path("/usr/local").glob("cuda*/bin/nvcc")), reverse=True)
-    return next((Path(p) for p in places if p and Path(p).is_file()), None)
-
-
 def find_cuobjdump() -> Path | None:
-    """cuobjdump beside nvcc, on the PATH, or the one that Triton carries (there without importing Triton)."""
-    nvcc = find_nvcc()
-    places = [shutil.which("cuobjdump"), str(nvcc.with_name("cuobjdump")) if nvcc else None]
-    spec = find_spec("triton")
+    """cuobjdump on the PATH, in the newest toolkit under /usr/local, or the one that Triton carries."""
+    places = [shutil.which("cuobjdump")]
+    places += sorted(map(str, Path("/usr/local").glob("cuda*/bin/cuobjdump")), reverse=True)
+    spec = find_spec("triton")  # found without importing it
     if spec and spec.origin:
         places.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
     return next((Path(p) for p in places if p and Path(p).is_file()), None)
 
 
-def build(verb: str) -> Path:
-    """The object of a verb, compiled if there is none of these sources."""
-    nvcc = find_nvcc()
-    assert nvcc, "no nvcc"
-    source = CSRC / "cuda" / f"{verb}.cu"
-    headers = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")])
-    key = hashlib.sha256(repr((FLAGS, str(nvcc))).encode())
-    for path in (source, *headers):
-        key.update(path.read_bytes())
-    made = ROOT / "build" / "cuda" / f"{verb}-{key.hexdigest()[:16]}.o"
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with open(made.parent / f"{verb}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second test worker waits for the first one's object
-        if not made.exists():
-            for old in made.parent.glob(f"{verb}-*.o"):
-                old.unlink()
-            unfinished = made.with_suffix(".part")
-            run(nvcc, *FLAGS, "-I", CSRC, "-c", source, "-o", unfinished)
-            unfinished.replace(made)
-    return made
-
-
-def kernels(verb: str) -> Iterator[Kernel]:
-    """All kernels of a verb, on all architectures."""
+def kernels() -> Iterator[Kernel]:
+    """All kernels of the library, on all architectures."""
     cuobjdump = find_cuobjdump()
     assert cuobjdump, "no cuobjdump"
     for architecture in ARCHITECTURES:
-        made = build(verb)
-        usage = demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "--dump-resource-usage", made))
-        code = dict(functions(demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "-sass", made))))
+        usage = demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "--dump-resource-usage", LIBRARY))
+        code = dict(functions(demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "-sass", LIBRARY))))
         for line, numbers in re.findall(r"Function (.*):\n(.*REG:.*)", usage):
             used = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", numbers)}
             name = signature(line)
             lines = code[name]
             yield Kernel(
-                verb,
-                name,
+                name[0],
+                name[1:],
                 architecture,
                 used["REG"],
                 used["STACK"],
@@ -141,13 +106,12 @@ def functions(sass: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
 
 
 def signature(name: str) -> tuple[str, ...]:
-    """The template arguments of a kernel's demangled name, without what is the same for all."""
-    found = re.search(r"_kernel<(.*?)>\(", name)
-    if not found:
-        return ()
-    short = re.sub(r"frs::cuda::|\(anonymous namespace\)::|__nv_|__", "", found[1])
-    losses = {"(frs::Loss)0": "mse", "(frs::Loss)1": "bce", "(frs::Loss)2": "kl", "true": "loss", "false": "no loss"}
-    return tuple(losses.get(word, word) for word in short.split(", "))
+    """The verb of a kernel's demangled name and its template arguments, without what is the same for all."""
+    found = re.search(r"(\w+)_kernel(?:<(.*?)>)?\(", name)
+    assert found, name
+    short = re.sub(r"frs::cuda::|\(anonymous namespace\)::|__nv_|__", "", found[2] or "")
+    words = {"(frs::Loss)0": "mse", "(frs::Loss)1": "bce", "(frs::Loss)2": "kl", "true": "loss", "false": "no loss"}
+    return found[1], *(words.get(word, word) for word in short.split(", ") if word)
 
 
 def demangle(text: str) -> str:
@@ -161,15 +125,57 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+PAGE = """\
+# What nvcc makes of the CUDA kernels
+
+Generated by `make codegen`; not edited. The kernels of the CUDA library, built by {compiler}. `make test` fails if one
+spills, takes more than {most} registers, or has no 16-byte access where rows are aligned.
+
+{kernels} kernels for {architectures} architectures. Most registers: {registers}. Stack and local memory: {memory}
+bytes. Spill instructions: {spills}. Template arguments: dtypes of student and teacher (Any: read at run time), what is
+computed in, the loss, whether it is wanted, and the numbers that are moved at once. Instructions and accesses are
+sm_90's.
+
+| kernel | registers sm_80 / 90 / 100 | shared bytes | instructions | 16-byte loads | 16-byte stores |
+|---|---|---|---|---|---|
+"""
+
+
+def markdown(found: list[Kernel]) -> str:
+    """docs/codegen-cuda.md: a line a kernel."""
+    record = json.loads((LIBRARY.parent / "build.json").read_text())
+    head = PAGE.format(
+        compiler=record["cuda"]["compiler"],
+        most=MAX_REGISTERS,
+        kernels=len(found) // len(ARCHITECTURES),
+        architectures=len(ARCHITECTURES),
+        registers=max(k.registers for k in found),
+        memory=sum(k.stack + k.local for k in found),
+        spills=sum(k.spills for k in found),
+    )
+    lines = []
+    in_order = sorted(found, key=lambda k: (VERBS.index(k.verb), k.arguments, k.architecture))
+    for _, group in itertools.groupby(in_order, key=lambda k: (k.verb, k.arguments)):
+        made = list(group)
+        registers = " / ".join(str(k.registers) for k in made)
+        k = made[1]
+        name = f"{k.verb} {', '.join(k.arguments)}"
+        lines.append(f"| {name} | {registers} | {k.shared} | {k.instructions} | {k.wide_loads} | {k.wide_stores} |")
+    return head + "\n".join(lines) + "\n"
+
+
 def main() -> int:
-    found = [k for verb in VERBS for k in kernels(verb)]
-    for k in found:
-        print(
-            f"{k!s:60} {k.registers:4} registers {k.shared:6} shared {k.instructions:6} instructions "
-            f"{k.wide_loads:3} wide loads {k.wide_stores:3} wide stores {k.fault()}"
-        )
-    faults = sum(bool(k.fault()) for k in found)
-    print(f"{len(found)} kernels, most registers {max(k.registers for k in found)}, {faults} faults")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/codegen-cuda.md")
+    options = parser.parse_args()
+    found = list(kernels())
+    text = markdown(found)
+    if options.write:
+        (ROOT / "docs" / "codegen-cuda.md").write_text(text)
+    else:
+        print(text)
+    faults = [f"FAULT {k}: {k.fault()}" for k in found if k.fault()]
+    print(*faults, f"{len(found)} kernels, {len(faults)} faults", sep="\n")
     return 1 if faults else 0
 
 

@@ -25,7 +25,7 @@ template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 inline double imitate_row(const Values<double>& v) {
   double sum = 0;
   for (int64_t i = 0; i < v.size; ++i) {
-    const auto [value, slope] = pointwise<LOSS>(v.x[i], v.z[i], v.inverse_temperature, 1.0);
+    const auto [value, slope] = pointwise<LOSS>(v.x[i], v.z[i], v.inverse_temperature);
     if (WANT_LOSS) sum += v.share[i] * value;
     if (WANT_GRAD) v.grad[i] = v.coefficient[i] * slope;
   }
@@ -38,7 +38,7 @@ inline double imitate_row(const Values<float>& v) {
   const auto [x, z, grad, share, coefficient, size, _, ahead, stream] = v;
   F32 sums = {};
   const auto step = [&](F32 x, F32 z, F32 share, F32 coefficient) {
-    const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature, 1.0f);
+    const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature);
     if (WANT_LOSS) sums = sums + share * value;
     return coefficient * slope;
   };

@@ -65,15 +65,6 @@ __device__ __forceinline__ Tile tile_of(const ImitateLevel& level, uint32_t tile
   return {tile / inner / outer, row, column, min(level.rows, rows - row), min(level.columns, columns - column)};
 }
 
-// Of the logits over the temperature; what multiplies value and slope for that is the caller's, once for all.
-template <Loss LOSS, class A>
-__device__ __forceinline__ Pointwise<A> pointwise_of(A x, A z, A inverse_temperature) {
-  if constexpr (LOSS == Loss::mse)
-    return pointwise<LOSS>(x, z, A(1), A(1));
-  else
-    return bernoulli<LOSS == Loss::kl>(x * inverse_temperature, z * inverse_temperature);
-}
-
 // A packet of a tile: the row and column of its first number.
 struct Spot {
   uint32_t row, column;
@@ -150,7 +141,7 @@ __device__ __forceinline__ A walk(const ImitateLevel& level, const Tile& tile, c
         read_shares(shares, level.interleaved, spot, share);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const auto [value, slope] = pointwise_of<LOSS>(A(widen(xs.at[i])), A(widen(zs.at[i])), inverse);
+          const auto [value, slope] = pointwise<LOSS>(A(widen(xs.at[i])), A(widen(zs.at[i])), inverse);
           if constexpr (WANT_LOSS) partial += share[i] * value;
           slopes[i] = upstream * share[i] * slope;
         }
