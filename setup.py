@@ -176,7 +176,8 @@ def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
     targets = [f"sm_{target}" for target in known] + [f"compute_{known[-1]}"]
     if len(known) < len(TARGETS):
         print(f"frs_kernels: CUDA {nvcc.version} builds {', '.join(targets)} only; CUDA 12.8 or later also sm_100")
-    command = [*nvcc.command, "-ccbin", cxx.command[-1], *NVCC_FLAGS]
+    host = next(word for word in reversed(cxx.command) if not word.startswith("-"))  # of "ccache g++ -m64", g++
+    command = [*nvcc.command, "-ccbin", host, *NVCC_FLAGS]
     for target in known:
         codes = f"[sm_{target},compute_{target}]" if target == known[-1] else f"sm_{target}"
         command += ["-gencode", f"arch=compute_{target},code={codes}"]

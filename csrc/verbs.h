@@ -25,7 +25,7 @@ struct View {
 struct Level {
   int64_t n, c, h, w;           // sizes
   int64_t first;                // its first position in the flat scores
-  bool interleaved;             // in what order memory is walked: channels innermost, or positions
+  bool interleaved;             // in what order the first operand's memory is walked: channels innermost, or positions
   View student, teacher, grad;  // score reads the teacher alone; grad.data is null where it is not wanted
 
   FRS_INLINE int64_t positions() const { return h * w; }  // of one image

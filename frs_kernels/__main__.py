@@ -15,14 +15,14 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     print(f"device: {torch.cuda.get_device_name() if cuda else 'no CUDA device'}")
     for name, reason in backends.available().items():
-        print(f"  {name:8}{'available' if reason is None else 'not available: ' + reason}{_compiled_for(name)}")
+        print(f"  {name:8}{'available' + _compiled_for(name) if reason is None else 'not available: ' + reason}")
     for device_type in ("cuda", "cpu") if cuda else ("cpu",):
         print(f"backend='auto' takes {backends.choose('auto', device_type)!r} for {device_type} tensors")
 
 
 def _compiled_for(name: str) -> str:
     targets = ", ".join(native.targets(name))
-    if name == "cpu" and native.WHY_NOT[name] is None:
+    if name == "cpu":
         return f" (uses {torch.ops.frs_kernels.instructions()}, compiled for {targets})"
     return f" (compiled for {targets})" if targets else ""
 

@@ -22,10 +22,10 @@ _REINSTALL = "reinstall from the source folder: pip install --no-build-isolation
 def _read_record() -> dict[str, Any]:
     """What the build wrote down; nothing where there was none, as in a source folder on the path."""
     try:
-        record: dict[str, Any] = json.loads((_FOLDER / "build.json").read_text())
+        record = json.loads((_FOLDER / "build.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
 def _major_minor(version: str) -> tuple[int, ...]:

@@ -160,6 +160,38 @@ def test_every_instruction_set_is_right(rng, isa):
     assert result.stdout.split() == [isa]
 
 
+FLUSHED = """
+import torch, frs_kernels
+torch.set_flush_denormal(True)
+x = torch.full((20,), 1e-5).half()
+torch.ops.frs_kernels.scale_([x], torch.tensor(2.0))
+print(x.float().min().item(), x.float().max().item())
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_subnormal_fp16_survives_where_fp32_flushes_its_own(isa):
+    if not cpu_has(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    environment = python_environment(FRS_CPU=isa)
+    result = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    right = (2 * torch.tensor(1e-5).half().float()).item()
+    assert [float(word) for word in result.stdout.split()] == [right, right]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("asked", "works"), [("", True), ("sse9", False)])
+def test_an_unknown_instruction_set_is_refused(asked, works):
+    code = "import torch, frs_kernels; print(torch.ops.frs_kernels.instructions())"
+    environment = python_environment(FRS_CPU=asked)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (result.returncode == 0) == works
+    if not works:
+        assert "FRS_CPU='sse9' is unknown; the valid ones are baseline, avx2, avx512" in result.stderr
+
+
 @needs_cpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)

@@ -51,8 +51,9 @@ PLACES = [(0, 0), (-1, -1), (0, -1), (-1, 0), (3, 7)]
 @each_backend
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_nan_comes_through_the_maximum(rng, backend, device, place, layout):
-    p = pyramid(rng, sizes=((1, 3, 5), (1, 1, 1)), layout=layout, device=device)
+@pytest.mark.parametrize("classes", [7, 37])  # less than a vector of any width, and more than two of the widest
+def test_a_nan_comes_through_the_maximum(rng, backend, device, place, layout, classes):
+    p = pyramid(rng, sizes=((1, 3, 5), (1, 1, 1)), classes=classes, layout=layout, device=device)
     channel, position = place
     p.z[0][0, channel, position // 5 if position >= 0 else -1, position % 5] = math.nan
     scores, mass = richness_mask(p.z, backend=backend)

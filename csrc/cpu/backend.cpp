@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -27,10 +28,12 @@ struct Kernels {
 #define FRS_KERNELS_OF(ISA) \
   Kernels { #ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::number }
 
-// The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for a narrower one.
+// The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for one no wider.
 Kernels choose() {
   const char* asked = std::getenv("FRS_CPU");
-  const std::string most = asked ? asked : "avx512";
+  const std::string most = asked && *asked ? asked : "avx512";
+  if (most != "baseline" && most != "avx2" && most != "avx512")
+    throw std::invalid_argument("FRS_CPU='" + most + "' is unknown; the valid ones are baseline, avx2, avx512");
 #if defined(__x86_64__)
   if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
@@ -117,7 +120,8 @@ int64_t score_workspace(const Score& call) { return 8 * ScoreTiles(call.levels, 
 void score(const Score& call, void* workspace, void*) {
   const ScoreTiles tiles(call.levels, call.count);
   auto* slots = static_cast<double*>(workspace);
-  share_out(tiles.count(), [&](int64_t i) { slots[i] = kernels().score_tile(call, tiles[i]); });
+  const Kernels& with = kernels();
+  share_out(tiles.count(), [&](int64_t i) { slots[i] = with.score_tile(call, tiles[i]); });
   for (int64_t l = 0; l < call.count; ++l) write(call.mass, call.dtype, l, tiles.sum(slots, l));
 }
 
@@ -128,9 +132,10 @@ int64_t imitate_workspace(const Imitate& call) {
 void imitate(const Imitate& call, void* workspace, void*) {
   const ImitateTiles tiles(call.levels, call.count);
   auto* slots = static_cast<double*>(workspace);
-  const double upstream = call.weight * (call.factor ? kernels().number(call.factor, call.factor_dtype) : 1.0);
+  const Kernels& with = kernels();
+  const double upstream = call.weight * (call.factor ? with.number(call.factor, call.factor_dtype) : 1.0);
   share_out(tiles.count(), [&](int64_t i) {
-    const double sum = kernels().imitate_tile(call, tiles[i], upstream);
+    const double sum = with.imitate_tile(call, tiles[i], upstream);
     if (slots) slots[i] = sum;
   });
   if (!call.total) return;
@@ -144,13 +149,14 @@ void imitate(const Imitate& call, void* workspace, void*) {
 }
 
 void scale(const Scale& call, void*) {
-  const double factor = kernels().number(call.factor, call.factor_dtype);
+  const Kernels& with = kernels();
+  const double factor = with.number(call.factor, call.factor_dtype);
   if (factor == 1) return;
   constexpr int64_t PIECE = 4 * TILE;
   for (int64_t i = 0; i < call.count; ++i) {
     const Run& run = call.runs[i];
     share_out(up(run.size, PIECE), [&](int64_t piece) {
-      kernels().scale_run(run, piece * PIECE, at_most((piece + 1) * PIECE, run.size), factor);
+      with.scale_run(run, piece * PIECE, at_most((piece + 1) * PIECE, run.size), factor);
     });
   }
 }

@@ -17,8 +17,8 @@ struct Values {
   const T *share, *coefficient;
   int64_t size;
   T inverse_temperature;
-  int64_t ahead;  // from this row to the next one in memory
-  bool stream;    // write the gradient past the caches
+  int64_t x_ahead, z_ahead;  // from a row to the next one in memory
+  bool stream;               // write the gradient past the caches
 };
 
 template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
@@ -35,7 +35,7 @@ inline double imitate_row(const Values<double>& v) {
 template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 inline double imitate_row(const Values<float>& v) {
   const float inverse_temperature = TEMPERED ? v.inverse_temperature : 1.0f;
-  const auto [x, z, grad, share, coefficient, size, _, ahead, stream] = v;
+  const auto [x, z, grad, share, coefficient, size, _, x_ahead, z_ahead, stream] = v;
   F32 sums = {};
   const auto step = [&](F32 x, F32 z, F32 share, F32 coefficient) {
     const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature);
@@ -43,9 +43,9 @@ inline double imitate_row(const Values<float>& v) {
     return coefficient * slope;
   };
   const auto whole = [&](int64_t i) {
-    // The hardware's prefetch stops where a row ends: mse, 400 x 672, from 1.28 to 1.04 times the floor.
-    __builtin_prefetch(x + i + ahead);
-    __builtin_prefetch(z + i + ahead);
+    // The hardware prefetches no further than a row goes (docs/design-notes.md).
+    prefetch(x + i, x_ahead);
+    prefetch(z + i, z_ahead);
     return step(load<F32>(x + i), load<F32>(z + i), load<F32>(share + i), load<F32>(coefficient + i));
   };
   const auto part = [&](int64_t i, int64_t count) {
@@ -96,7 +96,7 @@ void spread(T* out, const T* numbers, int64_t count, int64_t channels) {
 }
 
 // A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
-// written: mse, Faster R-CNN at 400 x 672, from 1.33 to 1.01 times the floor.
+// written (docs/design-notes.md).
 FRS_INLINE bool streams(const Level& level) { return level.n * level.c * level.positions() * 4 > (4 << 20); }
 
 template <class T, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
@@ -110,16 +110,19 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   if (!level.interleaved) weigh(call, tile, tile.p0, tile.p1, factor, share.values, coefficient.values);
   double sum = 0;
   each_row(tile, [&](const Row& row) {
-    Values<T> v{fetch(level.student, row, x_buffer),
-                fetch(level.teacher, row, z_buffer),
-                target(level.grad, row, grad_buffer),
+    const T* x = fetch(level.student, row, x_buffer);
+    const T* z = fetch(level.teacher, row, z_buffer);
+    T* grad = target(level.grad, row, grad_buffer);
+    Values<T> v{x,
+                z,
+                grad,
                 share.values,
                 coefficient.values,
                 row.size(),
                 static_cast<T>(1 / tau),
-                level.student.c,
-                stream};
-    v.stream = stream && v.grad != grad_buffer.values;
+                x == x_buffer.values ? 0 : level.student.c,
+                z == z_buffer.values ? 0 : level.teacher.c,
+                stream && grad != grad_buffer.values};
     if (level.interleaved) {
       weigh(call, tile, row.p0, row.p1, factor, share.values, coefficient.values);
       v.share = wide_share.values;

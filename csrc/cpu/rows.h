@@ -6,6 +6,8 @@
 
 namespace frs::FRS_ISA {
 
+// What is not inlined is static, or the linker could keep another set's copy of it.
+
 // Part of a tile, at most ROW values: positions of one channel (planar) or channels of some positions (interleaved).
 struct Row {
   const Tile* tile;
@@ -16,7 +18,7 @@ struct Row {
 
 // Call f with each row of the tile.
 template <class F>
-FRS_INLINE void each_row(const Tile& tile, const F& f) {
+static FRS_INLINE void each_row(const Tile& tile, const F& f) {
   if (!tile.level->interleaved) {
     for (int64_t c = tile.c0; c < tile.c1; ++c) f(Row{&tile, c, c + 1, tile.p0, tile.p1});
   } else {
@@ -57,7 +59,7 @@ FRS_INLINE V load_part(const T* p, int64_t size) {
 }
 
 template <class T>
-inline void widen_run(T* out, const void* in, DType dtype, int64_t size) {
+static inline void widen_run(T* out, const void* in, DType dtype, int64_t size) {
   if (dtype == DType::f32 || dtype == DType::f64 || sizeof(T) == 8) {
     for (int64_t i = 0; i < size; ++i) out[i] = one(in, dtype, i);
     return;
@@ -71,7 +73,7 @@ inline void widen_run(T* out, const void* in, DType dtype, int64_t size) {
 }
 
 template <class T>
-inline void narrow_run(void* out, DType dtype, const T* in, int64_t size) {
+static inline void narrow_run(void* out, DType dtype, const T* in, int64_t size) {
   if (dtype == DType::f32 || dtype == DType::f64 || sizeof(T) == 8) {
     for (int64_t i = 0; i < size; ++i) put(out, dtype, i, in[i]);
     return;
@@ -93,17 +95,43 @@ struct Buffer {
   alignas(64) T values[ROW + 16];
 };
 
+// Have what lies `ahead` values further fetched, which may be no part of the tensor.
+template <class T>
+FRS_INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead * sizeof(T)));
+}
+
+// Call f(from, step, to, count) for each part of the row whose values lie `step` apart in memory: from element `from`,
+// the row's values number `to` to `to + count`.
+template <class F>
+static FRS_INLINE void each_span(const View& v, const Row& row, const F& f) {
+  if (row.tile->level->interleaved) {
+    const int64_t channels = row.c1 - row.c0;
+    for (int64_t p = row.p0; p < row.p1; ++p) f(offset(v, row, row.c0, p), v.c, (p - row.p0) * channels, channels);
+  } else if (v.p >= 0) {
+    f(offset(v, row, row.c0, row.p0), v.p, 0, row.size());
+  } else {
+    const int64_t width = row.tile->level->w;
+    for (int64_t p = row.p0, end; p < row.p1; p = end) {
+      end = at_most((p / width + 1) * width, row.p1);
+      f(offset(v, row, row.c0, p), v.w, p - row.p0, end - p);
+    }
+  }
+}
+
 // The values of a row: in place, or widened or gathered into the buffer.
 template <class T>
-FRS_INLINE const T* fetch(const View& v, const Row& row, Buffer<T>& buffer) {
+static FRS_INLINE const T* fetch(const View& v, const Row& row, Buffer<T>& buffer) {
   if (is_run(v, row)) {
     const char* p = address(v, offset(v, row, row.c0, row.p0));
     if (v.dtype == dtype_of<T>) return reinterpret_cast<const T*>(p);
     widen_run(buffer.values, p, v.dtype, row.size());
   } else {
-    T* out = buffer.values;
-    for (int64_t p = row.p0; p < row.p1; ++p)
-      for (int64_t c = row.c0; c < row.c1; ++c) *out++ = one(v.data, v.dtype, offset(v, row, c, p));
+    each_span(v, row, [&](int64_t from, int64_t step, int64_t to, int64_t count) {
+      const char* p = address(v, from);
+      if (step == 1) return widen_run(buffer.values + to, p, v.dtype, count);
+      for (int64_t i = 0; i < count; ++i) buffer.values[to + i] = one(p, v.dtype, i * step);
+    });
   }
   return buffer.values;
 }
@@ -117,14 +145,16 @@ FRS_INLINE T* target(const View& v, const Row& row, Buffer<T>& buffer) {
 }
 
 template <class T>
-FRS_INLINE void commit(const View& v, const Row& row, const Buffer<T>& buffer, const T* computed) {
+static FRS_INLINE void commit(const View& v, const Row& row, const Buffer<T>& buffer, const T* computed) {
   if (computed != buffer.values) return;
   if (is_run(v, row)) {
     narrow_run(const_cast<char*>(address(v, offset(v, row, row.c0, row.p0))), v.dtype, buffer.values, row.size());
   } else {
-    const T* in = buffer.values;
-    for (int64_t p = row.p0; p < row.p1; ++p)
-      for (int64_t c = row.c0; c < row.c1; ++c) put(v.data, v.dtype, offset(v, row, c, p), *in++);
+    each_span(v, row, [&](int64_t from, int64_t step, int64_t to, int64_t count) {
+      char* p = const_cast<char*>(address(v, from));
+      if (step == 1) return narrow_run(p, v.dtype, buffer.values + to, count);
+      for (int64_t i = 0; i < count; ++i) put(p, v.dtype, i * step, buffer.values[to + i]);
+    });
   }
 }
 

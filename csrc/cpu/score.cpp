@@ -18,7 +18,7 @@ inline void keep_larger(double* best, double*, const double* z, int64_t size, in
 }
 inline void keep_larger(float* best, float* sum, const float* z, int64_t size, int64_t ahead) {
   for (int64_t i = 0; i < size; i += WIDTH) {
-    __builtin_prefetch(z + i + ahead);
+    prefetch(z + i, ahead);
     const F32 v = i + WIDTH <= size ? load<F32>(z + i) : load_part<F32>(z + i, size - i);
     store(best + i, Primitives<F32>::maximum(load<F32>(best + i), v));
     store(sum + i, load<F32>(sum + i) + v);
@@ -79,7 +79,7 @@ double score_positions(const Score& call, const Tile& tile) {
   each_row(tile, [&](const Row& row) {
     const T* z = fetch(tile.level->teacher, row, wide);
     if (!interleaved) {
-      keep_larger(top.values, sums.values, z, row.size(), 2 * tile.level->teacher.c);
+      keep_larger(top.values, sums.values, z, row.size(), z == wide.values ? 0 : 2 * tile.level->teacher.c);
     } else {
       const int64_t channels = row.c1 - row.c0;
       for (int64_t p = row.p0; p < row.p1; ++p, z += channels) {

@@ -9,7 +9,7 @@
 
 namespace frs {
 
-constexpr int64_t ROW = 1024;       // values: 4 KB in fp32, three rows and the shares in 16 of L1's 32 KB
+constexpr int64_t ROW = 1024;       // values: 4 KB in fp32; beside them L1 holds the shares and coefficients, 8 KB
 constexpr int64_t TILE = 16 * ROW;  // values: 5 to 20 microseconds, short enough to share out evenly
 
 struct Tile {

@@ -124,11 +124,13 @@ FRS_INLINE U16 f32_to_f16(F32 v) { return (U16)_mm512_maskz_cvtps_ph(0xffff, (__
 FRS_INLINE F32 f16_to_f32(U16 v) { return (F32)_mm256_cvtph_ps((__m128i)v); }
 FRS_INLINE U16 f32_to_f16(F32 v) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-// The exponent and mantissa in place, times 2^112 for the other bias, which makes a subnormal number right too.
+// Exponent and mantissa in place, 112 more for the other bias; a subnormal number is its mantissa in the last bits of
+// 0.5, less 0.5, so that nothing is subnormal in fp32 and lost where such numbers are flushed to zero.
 FRS_INLINE F32 f16_to_f32(U16 v) {
   const U32 h = __builtin_convertvector(v, U32);
   const U32 sign = (h & 0x8000) << 16, rest = (h & 0x7fff) << 13;
-  const U32 finite = (U32)((F32)rest * 0x1p112f);
+  const U32 subnormal = (U32)((F32)((h & 0x3ff) | 0x3f000000) - 0.5f);
+  const U32 finite = (h & 0x7c00) == 0 ? subnormal : rest + 0x38000000;
   return (F32)((rest >= 0x0f800000 ? rest | 0x7f800000 : finite) | sign);
 }
 // A normal result is rounded in the integer bits, a subnormal one by the addition of 0.5, whose ulp is fp16's smallest.
