@@ -24,7 +24,6 @@ typedef float F32 __attribute__((vector_size(BYTES)));
 typedef int32_t I32 __attribute__((vector_size(BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(BYTES / 2)));
-typedef double F64 __attribute__((vector_size(2 * BYTES)));
 
 template <class V>
 struct Unaligned {  // what memcpy would do, in a form that GCC folds into the instruction that uses it
