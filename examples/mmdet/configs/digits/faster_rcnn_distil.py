@@ -1,0 +1,12 @@
+_base_ = "./faster_rcnn.py"
+
+model = dict(
+    _delete_=True,
+    type="FRSDistiller",
+    student=_base_.model,
+    teacher="{{ fileDirname }}/faster_rcnn_teacher.py",
+    teacher_checkpoint="runs/mmdet/faster_rcnn_teacher/last.pth",
+    preset="faster_rcnn",
+    warmup=100,
+)
+custom_hooks = [dict(type="FRSMaskHook", num_images=4), dict(type="FRSExportHook")]

@@ -1,0 +1,12 @@
+_base_ = "./fcos.py"
+
+model = dict(
+    _delete_=True,
+    type="FRSDistiller",
+    student=_base_.model,
+    teacher="{{ fileDirname }}/fcos_teacher.py",
+    teacher_checkpoint="runs/mmdet/fcos_teacher/last.pth",
+    preset="fcos",
+    warmup=100,
+)
+custom_hooks = [dict(type="FRSMaskHook", num_images=4), dict(type="FRSExportHook")]

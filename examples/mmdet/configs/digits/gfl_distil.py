@@ -1,0 +1,12 @@
+_base_ = "./gfl.py"
+
+model = dict(
+    _delete_=True,
+    type="FRSDistiller",
+    student=_base_.model,
+    teacher="{{ fileDirname }}/gfl_teacher.py",
+    teacher_checkpoint="runs/mmdet/gfl_teacher/last.pth",
+    preset="gfl",
+    warmup=100,
+)
+custom_hooks = [dict(type="FRSMaskHook", num_images=4), dict(type="FRSExportHook")]

@@ -1,0 +1,187 @@
+"""What is refused is refused when the model is built, before any training, in words that say what to do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from detectors import CONFIGS, NAMES, distiller, student_of, teacher_of
+
+each_detector = pytest.mark.parametrize("name", NAMES)
+HEADS = {"retinanet": "bbox_head", "gfl": "bbox_head", "fcos": "bbox_head", "faster_rcnn": "roi_head.bbox_head"}
+STRIDES = {"anchor_generator": {"strides": [4, 8, 16, 32, 64]}}
+
+
+def refused(error: type[Exception], *words: str):
+    """All the words in the message, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+@each_detector
+def test_a_teacher_config_that_is_not_there(teacher_file, name):
+    with refused(FileNotFoundError, "teacher='nowhere.py'", "mmdet::"):
+        distiller(name, teacher_file(name), teacher="nowhere.py")
+
+
+@each_detector
+def test_a_teacher_checkpoint_that_is_not_there(name):
+    with refused(FileNotFoundError, "teacher_checkpoint='nowhere.pth'"):
+        distiller(name, "nowhere.pth")
+
+
+def spoil(path: str, change) -> str:
+    content = torch.load(path)
+    change(content["state_dict"])
+    torch.save(content, path)
+    return path
+
+
+CHANGES = {
+    "missing": (lambda state: state.pop(next(iter(state))), "Missing key"),
+    "unexpected": (lambda state: state.update(more=torch.zeros(1)), "Unexpected key"),
+    "other shape": (lambda state: state.update({k: v[:1] for k, v in list(state.items())[:1]}), "size mismatch"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@each_detector
+def test_a_checkpoint_that_fits_in_part(teacher_file, name, change):
+    spoilt, words = CHANGES[change]
+    with refused(ValueError, "teacher_checkpoint=", "does not fit the teacher", words):
+        distiller(name, spoil(teacher_file(name), spoilt))
+
+
+def test_a_distillers_checkpoint_as_a_teachers(teacher_file, tmp_path):
+    file = teacher_file("gfl")
+    torch.save({"state_dict": distiller("gfl", file).state_dict()}, tmp_path / "distilled.pth")
+    with refused(ValueError, "does not fit", "export its student first"):
+        distiller("gfl", str(tmp_path / "distilled.pth"))
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.pth").write_text("no weights")
+    with refused(ValueError, "teacher_checkpoint=", "notes.pth"):
+        distiller("gfl", str(tmp_path / "notes.pth"))
+
+
+@each_detector
+def test_a_teacher_of_other_classes(teacher_file, name):
+    other = {f"{HEADS[name].replace('.', '__')}__num_classes": 7}
+    file = teacher_file(name, **other)
+    with refused(ValueError, "student has 10 classes", "teacher 7", "same classes"):
+        distiller(name, file, teacher=teacher_of(name, **other))
+    assert distiller(name, file, teacher=teacher_of(name, **other), terms="features")
+
+
+def test_other_anchors(teacher_file):
+    other = {"bbox_head__anchor_generator__ratios": [1.0]}
+    file = teacher_file("retinanet", **other)
+    with refused(ValueError, "[90, 90, 90, 90, 90] class logits", "[30, 30, 30, 30, 30]"):
+        distiller("retinanet", file, teacher=teacher_of("retinanet", **other))
+
+
+@each_detector
+def test_a_student_without_a_pyramid(teacher_file, name):
+    student = student_of(name)
+    student.neck = None
+    with refused(ValueError, "student", "has no neck", "FPN"):
+        distiller(name, teacher_file(name), student=student)
+
+
+@each_detector
+def test_an_unknown_mask_source(teacher_file, name):
+    with refused(ValueError, "mask='gaussian' is unknown", "'richness', 'threshold', 'ones', 'boxes'"):
+        distiller(name, teacher_file(name), mask="gaussian")
+
+
+def test_other_strides(teacher_file):
+    """The same number of levels, one octave finer."""
+    other = {"neck__start_level": 0, "bbox_head__anchor_generator__strides": [4, 8, 16, 32, 64]}
+    file = teacher_file("gfl", **other)
+    with refused(ValueError, "[8, 16, 32, 64, 128]", "[4, 8, 16, 32, 64]", "same strides"):
+        distiller("gfl", file, teacher=teacher_of("gfl", **other))
+
+
+def test_other_numbers_of_levels(teacher_file):
+    other = {"neck__num_outs": 4, "bbox_head__anchor_generator__strides": [8, 16, 32, 64]}
+    file = teacher_file("gfl", **other)
+    with refused(ValueError, "5 levels of strides [8, 16, 32, 64, 128]", "4 levels of strides [8, 16, 32, 64]"):
+        distiller("gfl", file, teacher=teacher_of("gfl", **other))
+    assert distiller("gfl", file, teacher=teacher_of("gfl", **other), levels=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("levels", [[], [5], [-1], [0, 0], [1.0]])
+def test_levels_that_are_none(teacher_file, levels):
+    with refused(ValueError, "levels=", "from 0 to 4"):
+        distiller("gfl", teacher_file("gfl"), levels=levels)
+
+
+def test_other_channels_without_an_adapter(teacher_file):
+    with refused(ValueError, "[32, 32, 32, 32, 32] channels", "[64, 64, 64, 64, 64]", "adapter_kernel=3"):
+        distiller("gfl", teacher_file("gfl"), adapter_kernel=None)
+
+
+def test_another_normalisation(teacher_file):
+    other = {"data_preprocessor__std": [1.0, 1.0, 1.0]}
+    with refused(ValueError, "normalised otherwise", "58.395", "1.0", "data_preprocessor"):
+        distiller("gfl", teacher_file("gfl"), teacher=teacher_of("gfl", **other))
+
+
+def test_centerness_that_no_head_emits(teacher_file):
+    with refused(ValueError, "centerness=True", "RetinaHead emits none"):
+        distiller("retinanet", teacher_file("retinanet"), centerness=True)
+
+
+@pytest.mark.parametrize("mask", ["ones", "boxes"])
+def test_centerness_of_a_mask_without_richness(teacher_file, mask):
+    with refused(ValueError, "centerness=True", mask):
+        distiller("fcos", teacher_file("fcos"), centerness=True, mask=mask)
+
+
+def test_a_softmax_head(teacher_file):
+    student = student_of("faster_rcnn", rpn_head__loss_cls__use_sigmoid=False)
+    with refused(ValueError, "student", "RPNHead", "no sigmoid class logits"):
+        distiller("faster_rcnn", teacher_file("faster_rcnn"), student=student)
+
+
+def test_a_head_that_emits_probabilities(teacher_file):
+    head = {
+        "type": "TOODHead", "num_classes": 10, "in_channels": 32, "feat_channels": 32, "num_dcn": 0,
+        "norm_cfg": {"type": "GN", "num_groups": 4},
+        "anchor_generator": {"type": "AnchorGenerator", "ratios": [1.0], "octave_base_scale": 8,
+                             "scales_per_octave": 1, "strides": [8, 16, 32, 64, 128]},
+    }  # fmt: skip
+    student = student_of("gfl")
+    student.type, student.bbox_head, student.train_cfg = "TOOD", head, None
+    with refused(ValueError, "student (TOOD)", "TOODHead", "no sigmoid class logits"):
+        distiller("gfl", teacher_file("gfl"), student=student)
+
+
+OPTIONS = [
+    ({"preset": "yolo"}, ValueError, ("preset='yolo'", "'retinanet'")),
+    ({"terms": "all"}, ValueError, ("terms='all'", "'both', 'features', 'head'")),
+    ({"mask": "threshold"}, ValueError, ("threshold=None",)),
+    ({"threshold": 0.1}, ValueError, ("mask='richness'", "threshold=0.1")),
+    ({"mask": "threshold", "threshold": 1.5}, ValueError, ("threshold", "1.5")),
+    ({"mask": "threshold", "threshold": "0.1"}, TypeError, ("threshold", "str")),
+    ({"warmup": -1}, ValueError, ("warmup", "-1")),
+    ({"adapter_kernel": 2}, ValueError, ("kernel_size", "2")),
+    ({"loss": {"cls_loss": "mae"}}, ValueError, ("cls_loss='mae'", "'bce', 'kl'")),
+    ({"loss": {"level_weights": [1.0, 2.0]}}, ValueError, ("level_weights has 2", "5 levels")),
+    ({"loss": {"gamma": 2}}, TypeError, ("gamma",)),
+    ({"loss": {"return_terms": False}}, ValueError, ("return_terms",)),
+    ({"loss": {"process_group": None}}, ValueError, ("process_group", "average_mass")),
+    ({"loss": 0.1}, TypeError, ("loss", "dict")),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), OPTIONS)
+def test_a_wrong_option(teacher_file, options, error, words):
+    with refused(error, *words):
+        distiller("gfl", teacher_file("gfl"), **options)
+
+
+def test_configs_may_be_files(teacher_file):
+    folder = CONFIGS / "digits"
+    assert distiller("gfl", teacher_file("gfl"), student=str(folder / "gfl.py"), teacher=folder / "gfl_teacher.py")
