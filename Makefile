@@ -6,7 +6,11 @@ DEMO_ARGS ?=
 SOURCES := $(shell find csrc -type f)
 TEST_ARGS ?=
 
-.PHONY: install demo test lint wheel bench codegen clean
+# mmdetection needs older numpy and setuptools than the rest: an environment of its own.
+VENV_MMDET := .venv-mmdet
+BIN_MMDET := $(VENV_MMDET)/bin
+
+.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet
 
 install: $(VENV)/.installed
 
@@ -42,5 +46,20 @@ codegen: install
 	$(BIN)/python tools/resources.py --write
 	$(BIN)/python tools/codegen.py --write
 
+# mmcv comes as source: about 10 minutes of compiling on two cores, once; pip keeps the wheel it makes.
+install-mmdet: $(VENV_MMDET)/.installed
+
+$(VENV_MMDET)/.installed: constraints-mmdet.txt pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN_MMDET)/python || $(PYTHON) -m venv $(VENV_MMDET)
+	$(BIN_MMDET)/python -m pip install --quiet --constraint constraints-mmdet.txt torch setuptools wheel ninja numpy
+	$(BIN_MMDET)/python -m pip install --quiet --constraint constraints-mmdet.txt --no-build-isolation --editable ".[test,mmdet]"
+	touch $@
+
+test-mmdet: install-mmdet
+	OMP_NUM_THREADS=1 $(BIN_MMDET)/python -m pytest -n 2 --dist worksteal tests/mmdetection $(TEST_ARGS)
+
+demo-mmdet: install-mmdet
+	$(BIN_MMDET)/python -m examples.mmdet $(DEMO_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist frs_kernels/lib *.egg-info
+	rm -rf $(VENV) $(VENV_MMDET) build dist frs_kernels/lib *.egg-info

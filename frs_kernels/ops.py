@@ -228,7 +228,9 @@ class Imitation(torch.autograd.Function):
                 kept, saved = saved[: term.levels], saved[term.levels :]
                 ctx.spent = True
                 if value_grad is not None:
-                    factor = _add(factor, value_grad / term.weight)
+                    # By a tensor: a GPU divides by a number as a product with its reciprocal, and weight * value, the
+                    # usual use, would not come out as a factor of exactly 1, which scale_ does nothing for.
+                    factor = _add(factor, value_grad / torch.full_like(value_grad, term.weight))
                 if factor is not None:
                     grads = kept
                     if to_scale and to_scale[-1][0] is factor:

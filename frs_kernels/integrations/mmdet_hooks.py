@@ -64,7 +64,7 @@ class FRSExportHook(Hook):
 class FRSMaskHook(Hook):
     """Draws the richness mask of every FPN level over images in validation and test (the paper's figure of masks).
 
-    One picture an image goes to the runner's visualizer as `frs_mask/<file name>`: the image, then a panel a level with
+    One picture an image goes to the runner's visualizer as `frs_mask_<file name>`: the image, then a panel a level with
     its stride and its share of the level's mass. Colours run from blue, score 0, to red, score 1, on all panels alike.
 
     Args:
@@ -102,7 +102,7 @@ class FRSMaskHook(Hook):
             levels = [level[number] for level in scores]
             shapes = sample.img_shape, data["inputs"].shape[-2:]
             picture = draw_masks(image, levels, model.strides, *shapes, self.opacity)
-            runner.visualizer.add_image(f"frs_mask/{Path(sample.img_path).stem}", picture, step=runner.iter)
+            runner.visualizer.add_image(f"frs_mask_{Path(sample.img_path).stem}", picture, step=runner.iter)
             self.drawn += 1
 
 

@@ -24,10 +24,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 @pytest.fixture(autouse=True)
 def no_runner() -> None:
     """Outside a runner there is no iteration: what an earlier test's runner left behind is forgotten."""
-    from mmengine.logging import MessageHub
+    from detectors import forget_runners
     from mmengine.registry import init_default_scope
 
-    MessageHub._instance_dict.clear()
+    forget_runners()
     init_default_scope("mmdet")
 
 

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 from torch import Tensor
 
 from frs_kernels.integrations.mmdet import Emitted, FRSDistiller
@@ -18,6 +21,13 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "mmdet" / "configs"
 NAMES = ("retinanet", "gfl", "fcos", "faster_rcnn")
 CLASSES = 10
+FRS = ("loss_frs_feat", "loss_frs_cls")
+
+
+def forget_runners() -> None:
+    """mmengine keeps a runner's hub, logger and visualizer, by name, for the life of the process."""
+    for kind in (MessageHub, MMLogger, Visualizer, DetLocalVisualizer):
+        kind._instance_dict.clear()
 
 
 def config_of(name: str) -> Config:

@@ -1,4 +1,4 @@
-"""Says, where mmdetection is not installed, that its tests were not run; and that the package itself does not need it."""
+"""Says, where mmdetection is not installed, that its tests are not run; and that the package does not need it."""
 
 from __future__ import annotations
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detectors import NAMES, batch, by_formula, distiller, gradients, recorded, student_of, teacher_of
+from detectors import FRS, NAMES, batch, by_formula, distiller, gradients, recorded, student_of, teacher_of
 from mmengine.logging import MessageHub
 
 from frs_kernels import PRESETS
 from frs_kernels.integrations.mmdet import box_mask, dense_head
 
 each_detector = pytest.mark.parametrize("name", NAMES)
-FRS = ("loss_frs_feat", "loss_frs_cls")
 
 
 def weights_of(name: str) -> tuple[float, float]:

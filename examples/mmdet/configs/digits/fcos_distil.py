@@ -5,8 +5,9 @@ model = dict(
     type="FRSDistiller",
     student=_base_.model,
     teacher="{{ fileDirname }}/fcos_teacher.py",
-    teacher_checkpoint="runs/mmdet/fcos_teacher/last.pth",
+    teacher_checkpoint="runs/mmdet/fcos_teacher/iter_500.pth",
     preset="fcos",
+    loss=dict(feat_weight=0.002),  # these networks' features are larger than those of pretrained ones
     warmup=100,
 )
 custom_hooks = [dict(type="FRSMaskHook", num_images=4), dict(type="FRSExportHook")]

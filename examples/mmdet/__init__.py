@@ -1,0 +1,1 @@
+"""mmdetection's detectors distilled with frs_kernels: configs for COCO, and small ones that train on a CPU."""
