@@ -9,11 +9,14 @@ python -m examples.mmdet --quick               seconds: shows only that every pa
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -71,11 +74,13 @@ class Observer(Hook):
 
 def train(
     console: Console, options: argparse.Namespace, name: str, label: str, seed: int, changes: dict[str, Any]
-) -> Any:
-    """Train one config from the beginning; its mAP, time a step, parameters and work folder."""
+) -> dict[str, Any]:
+    """Train one config from the beginning; its mAP, time a step, parameters and folder of logs."""
     config = Config.fromfile(CONFIGS / f"{name}.py")
     iterations = options.iterations
-    config.work_dir = str(options.out / f"{name}{''.join('-' + str(v) for v in changes.values())}-seed{seed}")
+    teacher = options.out / f"{options.detector}_teacher"
+    run = "-".join([name, *map(str, changes.values()), f"seed{seed}"])
+    config.work_dir = str(teacher if name.endswith("_teacher") else options.out / run)
     shutil.rmtree(config.work_dir, ignore_errors=True)
     settings: dict[str, Any] = {
         "train_cfg.max_iters": iterations,
@@ -83,17 +88,15 @@ def train(
         "default_hooks.checkpoint.interval": iterations,
         "log_level": "ERROR",
         "randomness.seed": seed,
-        "experiment_name": f"{name}-{label}-{seed}",
-        "visualizer.name": f"{name}-{label}-{seed}",
+        "experiment_name": run,
+        "visualizer.name": run,  # mmengine keeps one of a name for the life of the process
     }
     for split in ("train", "val", "test"):
         settings[f"{split}_dataloader.dataset.data_root"] = str(options.data)
         if split != "train":
             settings[f"{split}_evaluator.ann_file"] = f"{options.data}/annotations/val.json"
     if name.endswith("_distil"):
-        settings["model.teacher_checkpoint"] = str(
-            options.out / f"{options.detector}_teacher-seed0" / f"iter_{iterations}.pth"
-        )
+        settings["model.teacher_checkpoint"] = str(teacher / f"iter_{iterations}.pth")
         settings["model.warmup"] = min(config.model.warmup, iterations // 2)
     config.merge_from_dict(settings | changes)
     begin = min(50, iterations // 2)
@@ -101,9 +104,10 @@ def train(
     config.param_scheduler[1].end, config.param_scheduler[1].T_max = iterations, iterations - begin
     with stage(console, f"{label}, seed {seed}", iterations) as advance:
         observer = Observer(advance)
-        runner = Runner.from_cfg(config)
-        runner.register_hook(observer)
-        runner.train()
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its tables
+            runner = Runner.from_cfg(config)
+            runner.register_hook(observer)
+            runner.train()
     return {
         "metrics": observer.metrics,
         "step_ms": 1000 * statistics.median(observer.seconds),
@@ -176,7 +180,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    console = Console()
+    # The stream of now: what trains writes to another one.
+    console = Console(file=sys.stdout)
     started = time.perf_counter()
     warnings.filterwarnings("ignore")  # mmengine's, on what it finds or misses in the configs
     data.make(console, options.data, options.counts)
