@@ -1,10 +1,10 @@
-"""Write the demonstration's committed results into README.md and examples/digits/README.md.
+"""Write the demonstrations' committed results into the READMEs.
 
-    python tools/tables.py            rewrite what stands between <!-- digits --> and <!-- /digits -->
+    python tools/tables.py            rewrite what stands between <!-- name --> and <!-- /name -->
     python tools/tables.py --check    exit 1 if that would change a file
 
-The figures come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote to its output
-folder. Nobody types them.
+The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
+to its output folder, those of `mmdet` from examples/mmdet/results.json and `make demo-mmdet`. Nobody types them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "examples" / "digits" / "results.json"
-PAGES = (ROOT / "README.md", ROOT / "examples" / "digits" / "README.md")
+EXAMPLES = ROOT / "examples"
 METRICS = ("AP", "AP50", "AP75", "small", "medium", "large")
 
 
@@ -63,19 +62,48 @@ def reading(results: dict[str, Any]) -> list[str]:
     return [shown, "", meant]
 
 
+def digits() -> list[str]:
+    results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
+    return [*table(results), "", *reading(results)]
+
+
+def mmdet() -> list[str]:
+    results = json.loads((EXAMPLES / "mmdet" / "results.json").read_text())
+    arms, settings, machine = results["arms"], results["settings"], results["machine"]
+    lines = ["| | AP | AP50 | AP75 | gain | parameters | ms a step |", "|---|" + "---|" * 6]
+    for name, arm in arms.items():
+        gain = "" if name in ("teacher", "alone") else f"{arm['mean']['AP'] - arms['alone']['mean']['AP']:+.1f}"
+        cells = [number(arm["mean"]["AP"], arm["spread"]), *(number(arm["mean"][m]) for m in ("AP50", "AP75")), gain]
+        lines.append(f"| {arm['label']} | {' | '.join(cells)} | {arm['parameters']:,} | {arm['step_ms']:.0f} |")
+    seeds = len(settings["seeds"])
+    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    shown = (
+        f"{results['detector'].upper()}, COCO AP on {settings['pictures']['val']} pictures after "
+        f"{settings['iterations']} iterations{spread}. {machine['cpu']}, {machine['threads']} threads, "
+        f"onedl-mmdetection {results['versions']['onedl-mmdetection']}, torch {results['versions']['torch']}."
+    )
+    return [*lines, "", shown]
+
+
+BLOCKS = {
+    "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
+    "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
+}
+
+
 def main() -> int:
-    results = json.loads(RESULTS.read_text())
-    block = "\n".join(["<!-- digits -->", "", *table(results), "", *reading(results), "", "<!-- /digits -->"])
     stale = []
-    for page in PAGES:
-        old = page.read_text()
-        new, found = re.subn(r"<!-- digits -->.*?<!-- /digits -->", lambda _: block, old, flags=re.DOTALL)
-        if found != 1:
-            raise SystemExit(f"{page} needs one <!-- digits --> ... <!-- /digits -->")
-        if new != old:
-            stale.append(page.name)
-            if "--check" not in sys.argv:
-                page.write_text(new)
+    for name, (write, pages) in BLOCKS.items():
+        block = "\n".join([f"<!-- {name} -->", "", *write(), "", f"<!-- /{name} -->"])
+        for page in pages:
+            old = page.read_text()
+            new, found = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, old, flags=re.DOTALL)
+            if found != 1:
+                raise SystemExit(f"{page} needs one <!-- {name} --> ... <!-- /{name} -->")
+            if new != old:
+                stale.append(str(page.relative_to(ROOT)))
+                if "--check" not in sys.argv:
+                    page.write_text(new)
     if "--check" in sys.argv and stale:
         print(f"stale: {', '.join(stale)}; run python tools/tables.py")
         return 1
