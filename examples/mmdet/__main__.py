@@ -112,7 +112,7 @@ def train(
         "metrics": observer.metrics,
         "step_ms": 1000 * statistics.median(observer.seconds),
         "parameters": sum(p.numel() for p in getattr(runner.model, "student", runner.model).parameters()),
-        "folder": runner.log_dir,
+        "folder": os.path.relpath(runner.log_dir),
     }
 
 
