@@ -1,153 +1,188 @@
-"""Time the loss, forward and backward, against what people use instead and against the floor of the memory.
+"""The loss, forward and backward, against what people use instead and against the floor of the memory.
 
-    python benchmarks/bench_loss.py [--quick] [--compile] [--out FILE.json]
-
-Every implementation is checked against fp64 before it is timed; a wrong one gets no time. Runs are interleaved in one
-process and medians reported. The floor is the byte model's 4 L + 3 F (L: bytes of the student's logits, F: of its
-features) over the copy bandwidth measured in the same run. The gradients are taken as a training step takes them, new
-in each step and not added to old ones.
+Every implementation is checked against fp64 on the same inputs before it is timed: loss and all gradients. A wrong one
+is reported as wrong and has no time.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cases import DTYPES, Case
 from forms import authors_form, logits_form
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from measure import (
+    Loss,
+    Step,
+    copies_of,
+    copy_bandwidth,
+    graph_seconds,
+    interleaved,
+    launches,
+    peak_extra,
+    spread,
+)
 from torch import Tensor
 
 import frs_kernels
 
-# name: channels C, logits K, strides of the levels, weights
-REGIMES = {
-    "RetinaNet": (256, 720, (8, 16, 32, 64, 128), "retinanet"),
-    "GFL": (256, 80, (8, 16, 32, 64, 128), "gfl"),
-    "Faster R-CNN": (256, 3, (4, 8, 16, 32, 64), "faster_rcnn"),
-}
-Step = Callable[[], None]
+COMPILED = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
+SMALL = 1 << 25
+"""Bytes of a step below which a GPU's host time shows, so that it is timed by graph replay too."""
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round; within a round they take turns, so that a slow moment hits all.
-
-    A turn is two runs and the second counts, as in training: the first may meet memory that the system has taken back
-    meanwhile, or that it hands out for the first time.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            step()
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def inputs(channels: int, strides: Sequence[int], size: tuple[int, int], batch: int, device: str) -> list[Tensor]:
-    shapes = [(batch, channels, -(-size[0] // s), -(-size[1] // s)) for s in strides]
-    return [torch.randn(shape, device=device) for shape in shapes]
-
-
-def case(regime: str, size: tuple[int, int], batch: int, rounds: int, device: str, compiled: bool) -> dict[str, Any]:
-    channels, logits, strides, preset = REGIMES[regime]
-    weights: dict[str, Any] = dict(frs_kernels.PRESETS[preset])
-    s, t = (inputs(channels, strides, size, batch, device) for _ in range(2))
-    x, z = ([v * 2 - 5 for v in inputs(logits, strides, size, batch, device)] for _ in range(2))
-    losses: dict[str, Callable[[], Tensor]] = {
-        "authors' form": lambda: authors_form(s, t, x, z, **weights),
-        "logits form": lambda: logits_form(s, t, x, z, **weights),
+def implementations(case: Case, device: str, compiled: Iterable[str]) -> dict[str, Loss]:
+    """What is timed, by name: rivals first, then each backend that is here."""
+    weights = case.weights
+    losses: dict[str, Loss] = {
+        "authors' form": lambda s, t, x, z: authors_form(s, t, x, z, **weights),
+        "logits form": lambda s, t, x, z: logits_form(s, t, x, z, **weights),
     }
-    if compiled:
-        fused = torch.compile(logits_form, dynamic=False)
-        losses["torch.compile of it"] = lambda: fused(s, t, x, z, **weights)
+    for name in compiled:
+        fused = torch.compile(logits_form, dynamic=False, mode=COMPILED[name])
+        losses[name] = lambda s, t, x, z, fused=fused: fused(s, t, x, z, **weights)
     for backend, reason in frs_kernels.backends.available().items():
-        if reason is None and not (backend == "triton" and device == "cpu"):
-            losses[f"frs_kernels {backend}"] = lambda backend=backend: frs_kernels.fsr_loss(
-                s, t, x, z, backend=backend, **weights
-            )
+        if reason is None and (backend != "triton" or device == "cuda"):
+            losses[f"frs_kernels {backend}"] = _ours(weights, backend)
+    losses["frs_kernels, level by level"] = lambda *lists: sum(
+        frs_kernels.fsr_loss(*([x] for x in level), **weights) for level in zip(*lists, strict=True)
+    )  # type: ignore[assignment]
+    return losses
 
-    wide = [[v.double() for v in levels] for levels in (s, t, x, z)]
-    truth = logits_form(*wide, **weights).item()
-    students = [*s, *x]
-    for v in students:
-        v.requires_grad_()
-    wrong = {name: abs(loss().item() / truth - 1) for name, loss in losses.items()}
-    wrong = {name: error for name, error in wrong.items() if not error < 1e-5}
 
-    def step(loss: Callable[[], Tensor]) -> Step:
-        def run() -> None:
-            torch.autograd.grad(loss(), students)
+def _ours(weights: dict[str, Any], backend: str) -> Loss:
+    return lambda s, t, x, z: frs_kernels.fsr_loss(s, t, x, z, backend=backend, **weights)
+
+
+class Truth:
+    """Loss and gradients in fp64, and how far an implementation's are from them."""
+
+    def __init__(self, case: Case, inputs: list[list[Tensor]]) -> None:
+        self.case = case
+        self.loss = 0.0
+        self.grads: list[Tensor] = []
+        feats, logits = [], []
+        for level in zip(*inputs, strict=True):  # a level at a time: fp64 takes much memory
+            s, t, x, z = ([v.detach().double()] for v in level)
+            students = [s[0].requires_grad_(), x[0].requires_grad_()]
+            loss = logits_form(s, t, x, z, **case.weights)
+            grads = torch.autograd.grad(loss * case.scale, students)
+            self.loss += loss.item()
+            feats.append(grads[0])
+            logits.append(grads[1])
+        self.grads = [*feats, *logits]
+
+    def fault(self, loss: Loss, inputs: list[list[Tensor]]) -> str | None:
+        """What is wrong with an implementation, or None.
+
+        The loss within 1e-5. Each gradient within 8 roundings of its dtype, by norm, and the spacing of the dtype's
+        smallest numbers: fp16's gradients lie among them where there is no loss scale.
+        """
+        try:
+            got = loss(*inputs)
+            grads = torch.autograd.grad(got * self.case.scale, [*inputs[0], *inputs[2]])
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"raises {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        off = abs(got.item() / self.loss - 1)
+        if not off < 1e-5:
+            return f"loss off by {off:.1e}"
+        info = torch.finfo(DTYPES[self.case.dtype])
+        worst = 0.0
+        for g, right in zip(grads, self.grads, strict=True):
+            allowed = 8 * info.eps * right.norm() + info.smallest_normal * info.eps * right.numel() ** 0.5
+            worst = max(worst, ((g.double() - right).norm() / allowed).item())
+        return None if worst <= 1 else f"gradients off by {8 * worst:.0f} roundings of {self.case.dtype}"
+
+
+def measure_case(
+    case: Case, device: str, compiled: Iterable[str], seconds: float, bandwidth_step: Callable[[], float]
+) -> dict[str, Any]:
+    """Everything that is measured of one case, as the result file keeps it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    copies = copies_of(lambda: case.inputs(device), device)
+    truth = Truth(case, copies[0])
+    results: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    losses = implementations(case, device, compiled)
+    for name, loss in losses.items():
+        begin = time.perf_counter()
+        fault = truth.fault(loss, copies[0])
+        results[name] = {"first_seconds": time.perf_counter() - begin}
+        if fault is not None:
+            results[name]["wrong"] = fault
+            continue
+        step = Step(loss, copies, case.scale)
+        results[name]["peak_extra"] = peak_extra(step, device)
+        if device == "cuda" and case.bytes < SMALL:
+            results[name]["graph_seconds"] = graph_seconds(loss, copies, case.scale)
+        steps[name] = step
+    del truth
+    times = interleaved({**steps, "copy": bandwidth_step}, seconds)
+    bandwidth = spread(times.pop("copy")).median
+    for name, runs in times.items():
+        forward, backward = zip(*runs, strict=True)
+        results[name] |= {
+            "forward": spread(list(forward)),
+            "backward": spread(list(backward)),
+            "step": spread([sum(run) for run in runs]),
+            "rounds": len(runs),
+        }
+    students = sum(x.nbytes for levels in (copies[0][0], copies[0][2]) for x in levels)
+    return {
+        "case": case.key(),
+        "bytes": case.bytes,
+        "student_bytes": students,
+        "positions": case.positions,
+        "copy_bandwidth": bandwidth,
+        "implementations": results,
+    }
+
+
+def measure_host(device: str) -> dict[str, dict[str, float]]:
+    """Seconds and launches of a step on levels of one position: what a call costs before it computes anything."""
+    case = Case("gfl", 8, 8, 1)
+    copies = [case.inputs(device)]
+    steps = {name: Step(loss, copies, 1.0) for name, loss in implementations(case, device, ["torch.compile"]).items()}
+
+    def timed(step: Step) -> Callable[[], float]:
+        def run() -> float:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(10):
+                inputs = copies[0]
+                torch.autograd.grad(step.loss(*inputs), [*inputs[0], *inputs[2]])
+            return (time.perf_counter() - begin) / 10
 
         return run
 
-    big = torch.empty(1 << 26, dtype=torch.float32, device=device)
-    other = torch.empty_like(big)
-    steps = {name: step(loss) for name, loss in losses.items() if name not in wrong}
-    times = measure({**steps, "copy": lambda: other.copy_(big)}, rounds, device)
-    seconds = {name: statistics.median(runs) for name, runs in times.items()}
-    bandwidth = 2 * big.nbytes / seconds.pop("copy")
-    # score reads L; imitate reads 2 L + 2 F and writes L + F
-    floor = (4 * sum(v.nbytes for v in x) + 3 * sum(v.nbytes for v in s)) / bandwidth
+    times = interleaved({name: timed(step) for name, step in steps.items()}, 5.0, least=9)
     return {
-        "regime": regime, "size": size, "batch": batch, "seconds": seconds, "wrong": wrong,
-        "spread": {name: [min(runs), max(runs)] for name, runs in times.items()},
-        "floor_seconds": floor, "copy_bytes_per_second": bandwidth,
-    }  # fmt: skip
+        name: {"seconds": spread(runs).median, "launches": launches(steps[name], device)}
+        for name, runs in times.items()
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small images, few rounds")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the logits form (takes a minute)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_loss.json"))
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes, rounds = ([((128, 192), 1)], 5) if options.quick else ([((400, 672), 1), ((800, 1344), 2)], 21)
-    cases = [(regime, size, batch) for size, batch in sizes for regime in REGIMES]
-    results = []
-    for regime, size, batch in track(cases, description="timing", disable=None):
-        torch._dynamo.reset()
-        results.append(case(regime, size, batch, rounds, device, options.compile))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    title = "fsr_loss, forward + backward, fp32"
-    caption = f"{name}, {torch.get_num_threads()} threads; medians of {rounds} interleaved runs"
-    columns = ("regime", "implementation", "ms", "speed-up on the authors' form", "time over the floor")
-    table = Table(*columns, title=title, caption=caption)
-    for result in results:
-        authors = result["seconds"].get("authors' form", float("nan"))
-        height, width = result["size"]
-        label = f"{result['regime']} {height} x {width}, batch {result['batch']}"
-        for implementation, seconds in result["seconds"].items():
-            table.add_row(
-                label, implementation, f"{1e3 * seconds:.2f}", f"{authors / seconds:.2f}x",
-                f"{seconds / result['floor_seconds']:.1f}x",
-            )  # fmt: skip
-        for implementation, error in result["wrong"].items():
-            table.add_row(label, implementation, "wrong", f"relative error {error:.1e}", "")
-    Console().print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"device": name, "torch": torch.__version__, "frs_kernels": frs_kernels.__version__, "results": results}
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
+    """Which forms of torch.compile a case is compared with: compiling takes longer than all the rest together."""
+    if case.layout != "contiguous" or case.scale != 1 or (device == "cpu" and case.dtype == "fp16"):
+        return []
+    if quick:
+        return ["torch.compile"] if case.dtype == "fp32" and case.regime == "gfl" else []
+    both = device == "cuda" or (case.dtype == "fp32" and case.batch == 1)
+    return list(COMPILED) if both else ["torch.compile"]
 
 
-if __name__ == "__main__":
-    main()
+def run(device: str, cases: list[Case], quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """The part of the result file that is this benchmark's."""
+    bandwidth_step = copy_bandwidth(device, 64 if quick else 256)
+    seconds = 0.5 if quick else 3.0
+    found = []
+    for case in cases:
+        advance(case.title)
+        found.append(measure_case(case, device, compiled_for(case, device, quick), seconds, bandwidth_step))
+    advance("host time")
+    return {"cases": found, "host": measure_host(device)}

@@ -1,0 +1,187 @@
+"""How things are timed: in turn, in one process, with the caches as training finds them; and what memory they take.
+
+On the CPU a round runs every implementation once, one after another, so that a slow moment of the machine hits all;
+each run is preceded by an untimed one of the same, as in training: the first may meet memory that the system hands out
+for the first time, or has taken back. On a GPU time is CUDA events', over copies of the inputs that together exceed the
+L2 cache three times; small cases are also timed as replays of a CUDA graph, which leaves out what the host takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+STATUS = Path("/proc/self/status")
+Loss = Callable[..., Tensor]
+
+
+class Spread(NamedTuple):
+    """Seconds."""
+
+    median: float
+    low: float  # quartiles: the extremes of a shared machine say nothing of the code
+    high: float
+
+
+def spread(runs: list[float]) -> Spread:
+    if len(runs) < 2:
+        return Spread(runs[0], runs[0], runs[0])
+    low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+class Step:
+    """One training step of a loss, forward and backward with an upstream factor, on the next of several inputs."""
+
+    def __init__(self, loss: Loss, copies: list[list[list[Tensor]]], scale: float) -> None:
+        self.loss = loss
+        self.copies = itertools.cycle(copies)
+        self.scale = scale
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of the forward and of the backward pass; the gradients are new in each step, as in training."""
+        inputs = next(self.copies)
+        students = [*inputs[0], *inputs[2]]
+        if students[0].is_cuda:
+            return self._on_gpu(inputs, students)
+        start = time.perf_counter()
+        loss = self._forward(inputs)
+        middle = time.perf_counter()
+        torch.autograd.grad(loss, students)
+        return middle - start, time.perf_counter() - middle
+
+    def _forward(self, inputs: list[list[Tensor]]) -> Tensor:
+        loss = self.loss(*inputs)
+        return loss if self.scale == 1 else loss * self.scale  # as a gradient scaler does
+
+    def _on_gpu(self, inputs: list[list[Tensor]], students: list[Tensor]) -> tuple[float, float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda.synchronize()
+        events[0].record()
+        loss = self._forward(inputs)
+        events[1].record()
+        torch.autograd.grad(loss, students)
+        events[2].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3, events[1].elapsed_time(events[2]) / 1e3
+
+
+def copies_of(make: Callable[[], list[list[Tensor]]], device: str) -> list[list[list[Tensor]]]:
+    """Inputs, as many times as it takes to fill the L2 cache of a GPU three times over; once on the CPU."""
+    first = make()
+    if device != "cuda":
+        return [first]
+    size = sum(x.nbytes for levels in first for x in levels)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return [first, *(make() for _ in range(min(31, 3 * cache // size)))]
+
+
+def interleaved(
+    steps: dict[str, Callable[[], Any]], seconds: float, least: int = 5, most: int = 31
+) -> dict[str, list[Any]]:
+    """What each step returned in each round; rounds until the time is used, at least `least`, at most `most`."""
+    found: dict[str, list[Any]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
+            break
+        for name, step in steps.items():
+            step()
+            found[name].append(step())
+    return found
+
+
+def copy_bandwidth(device: str, megabytes: int = 256) -> Callable[[], float]:
+    """A step that copies, and returns bytes read and written a second: what a perfect kernel could reach."""
+    source = torch.empty(megabytes << 18, dtype=torch.float32, device=device).fill_(1)
+    target = torch.empty_like(source)
+
+    def run() -> float:
+        if device == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            stop.record()
+            torch.cuda.synchronize()
+            return 2 * source.nbytes / (start.elapsed_time(stop) / 1e3)
+        begin = time.perf_counter()
+        target.copy_(source)
+        return 2 * source.nbytes / (time.perf_counter() - begin)
+
+    return run
+
+
+def graph_seconds(loss: Loss, copies: list[list[list[Tensor]]], scale: float, calls: int = 20) -> float | None:
+    """Seconds of a step within a replayed CUDA graph of many; None where the loss cannot be captured."""
+    steps = Step(loss, copies, scale)
+
+    def once() -> None:
+        inputs = next(steps.copies)
+        torch.autograd.grad(loss(*inputs) * scale, [*inputs[0], *inputs[2]])
+
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            once()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                once()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    runs = []
+    for _ in range(10):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        runs.append(start.elapsed_time(stop) / 1e3 / calls)
+    return statistics.median(runs)
+
+
+def launches(call: Callable[[], object], device: str) -> int:
+    """Kernels that a call launches on a GPU; on the CPU the operators it dispatches, which the host pays for."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    call()
+    with torch.profiler.profile(activities=[activity]) as profile:
+        call()
+    if device == "cuda":
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.cpu_parent is None or "::" not in event.cpu_parent.name for event in profile.events())
+
+
+def peak_extra(call: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call takes at most beyond what was there; None on a CPU whose system does not tell.
+
+    On a GPU what the allocator handed out; on the CPU the peak of the resident memory, which Linux forgets on request.
+    Memory that an earlier call freed is given back first: reused, it would not show.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not STATUS.is_file():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def _kilobytes(field: str) -> int:
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))

@@ -1,0 +1,197 @@
+"""Tables and plots of the result files: on the terminal, as Markdown for the documents, as PNG.
+
+python benchmarks/report.py FOLDER        shows a folder of results and plots it again
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+from rich.console import Console
+from rich.table import Table
+
+OURS = "frs_kernels"
+RIVALS = ("authors' form", "logits form", "torch.compile", "torch.compile, max-autotune")
+COLOURS = {
+    "authors' form": "#b0b7c3", "logits form": "#8a94a6", "torch.compile": "#e0a33e",
+    "torch.compile, max-autotune": "#c77f1a", f"{OURS} torch": "#9cc7e8", f"{OURS} cpu": "#1f77b4",
+    f"{OURS} cuda": "#1f77b4", f"{OURS} triton": "#4fa36a", f"{OURS}, level by level": "#7d6bb3",
+}  # fmt: skip
+COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "× authors", "× compile", "peak extra")
+
+
+def read(folder: Path, part: str) -> dict[str, Any] | None:
+    path = folder / f"{part}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def best_of_ours(implementations: dict[str, Any]) -> str | None:
+    """The backend that `auto` takes: the fastest is not always it, but it is what users get."""
+    for backend in ("cuda", "triton", "cpu", "torch"):
+        if "step" in implementations.get(f"{OURS} {backend}", {}):
+            return f"{OURS} {backend}"
+    return None
+
+
+def rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(case, implementation, cells) of a loss.json, in the order of COLUMNS."""
+    found = []
+    for measured in record["cases"]:
+        case, implementations = Case(**measured["case"]), measured["implementations"]
+        timed = {name: r["step"][0] for name, r in implementations.items() if "step" in r}
+        fused = [timed[name] for name in timed if name.startswith("torch.compile")]
+        for name, r in implementations.items():
+            if "wrong" in r:
+                found.append((case.title, name, [f"wrong: {r['wrong']}", *[""] * 5]))
+                continue
+            median, low, high = r["step"]
+            speed = measured["bytes"] / median
+            extra = "" if r.get("peak_extra") is None else f"{r['peak_extra'] / measured['student_bytes']:.1f}×"
+            found.append((case.title, name, [
+                f"{1e3 * median:.2f} [{1e3 * low:.2f}–{1e3 * high:.2f}]",
+                f"{speed / 1e9:.1f}",
+                f"{100 * speed / measured['copy_bandwidth']:.0f}",
+                f"{timed[RIVALS[0]] / median:.1f}" if RIVALS[0] in timed else "",
+                f"{min(fused) / median:.1f}" if fused else "",
+                extra,
+            ]))  # fmt: skip
+    return found
+
+
+def show(console: Console, folder: Path) -> None:
+    """One table of the loss, and the slopes of what was varied."""
+    if record := read(folder, "loss"):
+        caption = (
+            "medians \\[quartiles]; GB/s by the byte model (benchmarks/cases.py); peak extra: × bytes of the gradients"
+        )
+        table = Table("", *COLUMNS, title=record["device"], caption=caption)
+        last = None
+        for case, name, cells in rows(record):
+            if case != last:
+                table.add_section()
+                table.add_row(f"[bold]{case}")
+            table.add_row(f"  {name}", *(cell.replace("[", "\\[") for cell in cells))
+            last = case
+        for name, cost in record["host"].items():
+            if name == next(iter(record["host"])):
+                table.add_section()
+                table.add_row("[bold]one position a level: what a call costs before it computes")
+            table.add_row(f"  {name}", f"{1e3 * cost['seconds']:.2f}", f"{cost['launches']} launches")
+        console.print(table)
+    if record := read(folder, "scaling"):
+        table = Table("varied", "implementation", "each more costs, µs", "at none, ms", title="how cost grows")
+        for name, sweep in record["sweeps"].items():
+            for implementation, line in sweep["implementations"].items():
+                table.add_row(name, implementation, f"{1e6 * line['slope']:.3g}", f"{1e3 * line['intercept']:.2f}")
+        console.print(table)
+
+
+def plot(folder: Path) -> None:
+    """roofline.png and ratios.png of loss.json, scaling.png of scaling.json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if record := read(folder, "loss"):
+        _roofline(record, folder / "roofline.png")
+        _ratios(record, folder / "ratios.png")
+    if record := read(folder, "scaling"):
+        _scaling(record, folder / "scaling.png")
+
+
+def _style() -> Any:
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.alpha": 0.25, "legend.frameon": False, "savefig.dpi": 130, "savefig.bbox": "tight",
+    })  # fmt: skip
+    return pyplot
+
+
+def _plain(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of the main grid: fp32, contiguous, no upstream scale."""
+    return [c for c in record["cases"] if (c["case"]["dtype"], c["case"]["layout"], c["case"]["scale"]) ==
+            ("fp32", "contiguous", 1.0)]  # fmt: skip
+
+
+def _roofline(record: dict[str, Any], path: Path) -> None:
+    """Bytes a second that each implementation makes of those that the loss must move, under the copy's bandwidth."""
+    pyplot = _style()
+    cases = _plain(record)
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.6))
+    names = [name for name in COLOURS if any("step" in c["implementations"].get(name, {}) for c in cases)]
+    for name in names:
+        points = [(c["bytes"] / 1e6, c["bytes"] / c["implementations"][name]["step"][0] / 1e9) for c in cases
+                  if "step" in c["implementations"].get(name, {})]  # fmt: skip
+        points.sort()
+        axes.plot(*zip(*points, strict=True), "o-", label=name, color=COLOURS[name], markersize=4, linewidth=1)
+    roof = [c["copy_bandwidth"] / 1e9 for c in cases]
+    axes.axhline(sorted(roof)[len(roof) // 2], color="black", linestyle="--", linewidth=1, label="copy, same run")
+    axes.set(xscale="log", xlabel="MB that a step must move (4 L + 3 F)", ylabel="GB/s", ylim=(0, None))
+    axes.set_title(f"{record['device']}: a step of the loss against the memory's roof, fp32")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _ratios(record: dict[str, Any], path: Path) -> None:
+    """Time of each rival over that of the backend that `auto` takes."""
+    pyplot = _style()
+    cases = _plain(record)
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.2))
+    width = 0.8 / len(RIVALS)
+    for column, rival in enumerate(RIVALS):
+        heights, places = [], []
+        for place, c in enumerate(cases):
+            timed, ours = c["implementations"], best_of_ours(c["implementations"])
+            if ours and "step" in timed.get(rival, {}):
+                places.append(place + (column - 1.5) * width)
+                heights.append(timed[rival]["step"][0] / timed[ours]["step"][0])
+        bars = axes.bar(places, heights, width, label=rival, color=COLOURS[rival])
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    labels = [Case(**c["case"]).title.rsplit(", ", 1)[0].replace(", ", "\n", 1) for c in cases]
+    axes.set_xticks(range(len(cases)), labels, fontsize=7)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel="times as long as frs_kernels")
+    axes.set_title(f"{record['device']}: forward + backward, fp32")
+    axes.legend(ncols=4, fontsize=7, loc="upper left")
+    axes.margins(y=0.2)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _scaling(record: dict[str, Any], path: Path) -> None:
+    """A panel for each thing that was varied, with the fitted lines."""
+    pyplot = _style()
+    sweeps = record["sweeps"]
+    figure, panels = pyplot.subplots(1, len(sweeps), figsize=(2.5 * len(sweeps), 2.6))
+    for axes, (name, sweep) in zip(panels, sweeps.items(), strict=True):
+        for implementation, line in sweep["implementations"].items():
+            colour = "#1f77b4" if implementation == OURS else COLOURS[implementation]
+            medians, lows, highs = ([1e3 * s[i] for s in line["seconds"]] for i in range(3))
+            errors = [[m - low for m, low in zip(medians, lows, strict=True)],
+                      [h - m for m, h in zip(medians, highs, strict=True)]]  # fmt: skip
+            axes.errorbar(sweep["x"], medians, errors, fmt="o", color=colour, markersize=3, label=implementation)
+            ends = [0, max(sweep["x"])]
+            axes.plot(ends, [1e3 * (line["intercept"] + line["slope"] * x) for x in ends], color=colour, linewidth=1)
+        axes.set(xlabel=name, xlim=(0, None), ylim=(0, None))
+    panels[0].set_ylabel("ms a step")
+    panels[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    show(Console(width=130), folder)
+    plot(folder)
+
+
+if __name__ == "__main__":
+    main()

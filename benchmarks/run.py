@@ -1,0 +1,109 @@
+"""All benchmarks of the loss on this machine: one command, one table, a result file a part, and plots.
+
+    python benchmarks/run.py [--quick] [--parts loss scaling] [--out FOLDER]
+
+Writes loss.json and scaling.json, and the plots, to FOLDER/<device>/; `--out benchmarks/results` is how the committed
+ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step of mmdetection is
+bench_mmdet.py's, which needs another environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import bench_loss
+import bench_scaling
+import report
+import torch
+from cases import loss_cases
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import frs_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine, the versions and the commit: without them a figure means nothing."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    record = {
+        "device": device_name(device),
+        "kind": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "frs_kernels": frs_kernels.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device == "cuda":
+        record |= {"cuda": torch.version.cuda, "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size}
+    return record
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(": ")[2] for line in lines if "model name" in line), platform.machine())
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def folder_of(out: Path, device: str) -> Path:
+    """The device's folder: its name in lower case, words joined by hyphens."""
+    return out / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small images, few rounds: for a look")
+    parser.add_argument("--parts", nargs="+", choices=("loss", "scaling"), default=["loss", "scaling"])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    folder = folder_of(options.out, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    head = describe(device) | {"quick": options.quick}
+    cases = list(loss_cases(device, options.quick)) if "loss" in options.parts else []
+    total = (len(cases) + 1 if cases else 0) + (6 if "scaling" in options.parts else 0)
+    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total)
+
+        def advance(what: str) -> None:
+            progress.update(task, description=what, completed=done[0])
+            done[0] += 1
+
+        done = [0]
+        parts: dict[str, dict[str, Any]] = {}
+        if cases:
+            parts["loss"] = head | bench_loss.run(device, cases, options.quick, advance)
+        if "scaling" in options.parts:
+            parts["scaling"] = head | bench_scaling.run(device, options.quick, advance)
+        progress.update(task, description="done", completed=total)
+        for name, record in parts.items():
+            (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    report.show(console, folder)
+    report.plot(folder)
+    console.print(f"results and plots are in {folder}")
+    wrong = [impl for case in parts.get("loss", {}).get("cases", []) for impl, r in case["implementations"].items()
+             if impl.startswith("frs_kernels") and "wrong" in r]  # fmt: skip
+    if wrong:
+        console.print(f"[red]wrong: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
