@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Case
 from forms import logits_form
+from grid import Case
 from measure import Loss, Step, copies_of, interleaved, spread
 
 import frs_kernels

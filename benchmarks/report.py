@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cases import Case
+from grid import Case
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +66,7 @@ def show(console: Console, folder: Path) -> None:
     """One table of the loss, and the slopes of what was varied."""
     if record := read(folder, "loss"):
         caption = (
-            "medians \\[quartiles]; GB/s by the byte model (benchmarks/cases.py); peak extra: × bytes of the gradients"
+            "medians \\[quartiles]; GB/s by the byte model (benchmarks/grid.py); peak extra: × bytes of the gradients"
         )
         table = Table("", *COLUMNS, title=record["device"], caption=caption)
         last = None

@@ -24,7 +24,7 @@ import bench_loss
 import bench_scaling
 import report
 import torch
-from cases import loss_cases
+from grid import loss_cases
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
