@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 SOURCES := $(shell find csrc -type f)
 TEST_ARGS ?=
 
@@ -10,7 +11,7 @@ TEST_ARGS ?=
 VENV_MMDET := .venv-mmdet
 BIN_MMDET := $(VENV_MMDET)/bin
 
-.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet
+.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet
 
 install: $(VENV)/.installed
 
@@ -40,7 +41,10 @@ wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 bench: install
-	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-mmdet: install-mmdet
+	$(BIN_MMDET)/python benchmarks/bench_mmdet.py $(BENCH_ARGS)
 
 codegen: install
 	$(BIN)/python tools/resources.py --write

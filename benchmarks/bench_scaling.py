@@ -86,14 +86,14 @@ def _with_threads(step: Step, count: int) -> Callable[[], tuple[float, float]]:
     return run
 
 
-def run(device: str, quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
-    """The part of the result file that is this benchmark's."""
+def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable[[dict[str, Any]], None]) -> None:
+    """Saves this benchmark's part of the result file after each sweep; begins none that `advance` says is too late."""
     seconds = 0.5 if quick else 6.0
     found: dict[str, Any] = {"sweeps": {}}
     for name, points in sweeps(device, quick).items():
-        advance(f"cost against {name}")
-        found["sweeps"][name] = measure_sweep(points, device, seconds)
-    if device == "cpu":
-        advance("threads")
+        if advance(f"cost against {name}"):
+            found["sweeps"][name] = measure_sweep(points, device, seconds)
+            save(found)
+    if device == "cpu" and advance("threads"):
         found["threads"] = measure_threads(seconds / 2)
-    return found
+        save(found)

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench] [--limit SECONDS] [--dry-run]
 
-Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis and rich, and no network: the package
-is built in the checkout and runs from it. Writes a log a part and suite.json to the folder OUT. A part that the time
-limit cuts off is reported as such, and what it had written stays. With --dry-run, on a machine without a GPU, each part
+Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis, rich and matplotlib, and no network:
+the package is built in the checkout and runs from it. Writes a log a part, suite.json and the benchmarks' result files
+to the folder OUT. A part that the time limit cuts off is reported as such, and what it had written stays; the
+benchmarks begin no case that they are not likely to end. With --dry-run, on a machine without a GPU, each part
 goes through what can be gone through there: the build, the collection of the tests marked `gpu`, and the benchmark on
 the CPU.
 """
@@ -40,8 +41,8 @@ torch.cuda.synchronize()
 """
 
 
-def command_of(part: str, out: Path, dry_run: bool) -> list[list[str]]:
-    """The commands of a part."""
+def command_of(part: str, out: Path, seconds: float, dry_run: bool) -> list[list[str]]:
+    """The commands of a part, which has this much time."""
     python = sys.executable
     if part == "build":
         return [[python, "setup.py", "--quiet", "build_ext", "--inplace"]]
@@ -54,8 +55,9 @@ def command_of(part: str, out: Path, dry_run: bool) -> list[list[str]]:
             return []
         checks = ("memcheck", "racecheck", "initcheck", "synccheck")
         return [["compute-sanitizer", "--tool", c, "--error-exitcode", "1", python, "-c", SMALL_STEP] for c in checks]
-    quick = ["--quick"] if dry_run else ["--compile"]
-    return [[python, "benchmarks/bench_loss.py", *quick, "--out", str(out / "bench_loss.json")]]
+    quick = ["--quick"] if dry_run else []
+    limit = ["--limit", str(max(1, int(seconds - 45)))]
+    return [[python, "benchmarks/run.py", *quick, *limit, "--out", str(out / "bench")]]
 
 
 def run(command: list[str], log: Path, seconds: float) -> str:
@@ -99,7 +101,7 @@ def main() -> int:
         start = time.monotonic()
         outcomes = [
             run(command, out / f"{part}.log", max(1.0, end - time.monotonic()))
-            for command in command_of(part, out, options.dry_run)
+            for command in command_of(part, out, end - time.monotonic(), options.dry_run)
         ]
         results["parts"][part] = {"outcomes": outcomes, "seconds": round(time.monotonic() - start, 1)}
         print(part, results["parts"][part], flush=True)

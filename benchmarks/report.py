@@ -23,6 +23,8 @@ COLOURS = {
 }  # fmt: skip
 COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "× authors", "× compile", "peak extra")
 
+STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB")
+
 
 def read(folder: Path, part: str) -> dict[str, Any] | None:
     path = folder / f"{part}.json"
@@ -35,6 +37,17 @@ def best_of_ours(implementations: dict[str, Any]) -> str | None:
         if "step" in implementations.get(f"{OURS} {backend}", {}):
             return f"{OURS} {backend}"
     return None
+
+
+def wrong_of_ours(folder: Path) -> list[str]:
+    """What of ours was found wrong; a speed-up is not reported beside it."""
+    cases = (read(folder, "loss") or {"cases": []})["cases"]
+    return [
+        f"{name}, {Case(**case['case']).title}: {result['wrong']}"
+        for case in cases
+        for name, result in case["implementations"].items()
+        if name.startswith(OURS) and "wrong" in result
+    ]
 
 
 def rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -88,6 +101,40 @@ def show(console: Console, folder: Path) -> None:
             for implementation, line in sweep["implementations"].items():
                 table.add_row(name, implementation, f"{1e6 * line['slope']:.3g}", f"{1e3 * line['intercept']:.2f}")
         console.print(table)
+
+    if record := read(folder, "step"):
+        size = "{0[0]}×{0[1]}".format(record["cases"][0]["size"])
+        title = f"a training step of mmdetection, {size}, batch {record['cases'][0]['batch']}, fp32"
+        table = Table("", *STEP_COLUMNS, title=title)
+        for name, arm, cells in step_rows(record):
+            if arm == "student alone":
+                table.add_section()
+                table.add_row(f"[bold]{name}")
+            table.add_row(f"  {arm}", *(cell.replace("[", "\\[") for cell in cells))
+        console.print(table)
+
+
+def step_rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(pair, arm, cells) of a step.json, in the order of STEP_COLUMNS.
+
+    The loss's share is what is left of a distilled step without the student's own and the teacher's forward pass.
+    """
+    found = []
+    for case in record["cases"]:
+        arms = case["arms"]
+        alone, teacher = (arms[name]["step"][0] for name in ("student alone", "teacher, forward"))
+        for name, arm in arms.items():
+            median, low, high = arm["step"]
+            distilled = name not in ("student alone", "teacher, forward")
+            extra = arm["peak_extra"]
+            found.append((case["name"], name, [
+                f"{1e3 * median:.0f} [{1e3 * low:.0f}–{1e3 * high:.0f}]",
+                f"{median / alone:.2f}",
+                f"{100 * (median - alone) / median:.0f}" if distilled else "",
+                f"{100 * (median - alone - teacher) / median:.0f}" if distilled else "",
+                "" if extra is None else f"{extra / 1e6:.0f}",
+            ]))  # fmt: skip
+    return found
 
 
 def plot(folder: Path) -> None:

@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small images, few rounds: for a look")
     parser.add_argument("--parts", nargs="+", choices=("loss", "scaling"), default=["loss", "scaling"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no case is begun")
     options = parser.parse_args()
+    end = time.monotonic() + options.limit
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(width=None if sys.stdout.isatty() else 130)
     folder = folder_of(options.out, device)
@@ -82,24 +85,22 @@ def main() -> int:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
 
-        def advance(what: str) -> None:
-            progress.update(task, description=what, completed=done[0])
-            done[0] += 1
+        def advance(what: str) -> bool:
+            progress.update(task, advance=1 if progress.tasks[0].description else 0, description=what)
+            return time.monotonic() < end
 
-        done = [0]
-        parts: dict[str, dict[str, Any]] = {}
+        def save(part: str, found: dict[str, Any]) -> None:
+            (folder / f"{part}.json").write_text(json.dumps(head | found, indent=1) + "\n")
+
         if cases:
-            parts["loss"] = head | bench_loss.run(device, cases, options.quick, advance)
+            bench_loss.run(device, cases, options.quick, advance, lambda found: save("loss", found))
         if "scaling" in options.parts:
-            parts["scaling"] = head | bench_scaling.run(device, options.quick, advance)
+            bench_scaling.run(device, options.quick, advance, lambda found: save("scaling", found))
         progress.update(task, description="done", completed=total)
-        for name, record in parts.items():
-            (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     report.show(console, folder)
     report.plot(folder)
     console.print(f"results and plots are in {folder}")
-    wrong = [impl for case in parts.get("loss", {}).get("cases", []) for impl, r in case["implementations"].items()
-             if impl.startswith("frs_kernels") and "wrong" in r]  # fmt: skip
+    wrong = report.wrong_of_ours(folder)
     if wrong:
         console.print(f"[red]wrong: {', '.join(wrong)}")
     return 1 if wrong else 0
