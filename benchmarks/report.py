@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grid import Case
+from grid import TITLES, Case
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +21,7 @@ COLOURS = {
     "torch.compile, max-autotune": "#c77f1a", f"{OURS} torch": "#9cc7e8", f"{OURS} cpu": "#1f77b4",
     f"{OURS} cuda": "#1f77b4", f"{OURS} triton": "#4fa36a", f"{OURS}, level by level": "#7d6bb3",
 }  # fmt: skip
+MARKERS = {"retinanet": "o", "gfl": "^", "faster_rcnn": "D"}
 COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "× authors", "× compile", "peak extra")
 
 STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB")
@@ -159,7 +160,7 @@ def _style() -> Any:
     return pyplot
 
 
-def _plain(record: dict[str, Any]) -> list[dict[str, Any]]:
+def plain(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The cases of the main grid: fp32, contiguous, no upstream scale."""
     return [c for c in record["cases"] if (c["case"]["dtype"], c["case"]["layout"], c["case"]["scale"]) ==
             ("fp32", "contiguous", 1.0)]  # fmt: skip
@@ -168,14 +169,17 @@ def _plain(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _roofline(record: dict[str, Any], path: Path) -> None:
     """Bytes a second that each implementation makes of those that the loss must move, under the copy's bandwidth."""
     pyplot = _style()
-    cases = _plain(record)
+    cases = plain(record)
     figure, axes = pyplot.subplots(figsize=(7.5, 3.6))
     names = [name for name in COLOURS if any("step" in c["implementations"].get(name, {}) for c in cases)]
     for name in names:
-        points = [(c["bytes"] / 1e6, c["bytes"] / c["implementations"][name]["step"][0] / 1e9) for c in cases
-                  if "step" in c["implementations"].get(name, {})]  # fmt: skip
-        points.sort()
-        axes.plot(*zip(*points, strict=True), "o-", label=name, color=COLOURS[name], markersize=4, linewidth=1)
+        for regime, marker in MARKERS.items():
+            points = [(c["bytes"] / 1e6, c["bytes"] / c["implementations"][name]["step"][0] / 1e9) for c in cases
+                      if c["case"]["regime"] == regime and "step" in c["implementations"].get(name, {})]  # fmt: skip
+            axes.plot(*zip(*points, strict=True), marker, color=COLOURS[name], markersize=5, linestyle="none")
+        axes.plot([], [], "s", color=COLOURS[name], label=name)
+    for regime, marker in MARKERS.items():
+        axes.plot([], [], marker, color="black", markerfacecolor="none", label=TITLES[regime])
     roof = [c["copy_bandwidth"] / 1e9 for c in cases]
     axes.axhline(sorted(roof)[len(roof) // 2], color="black", linestyle="--", linewidth=1, label="copy, same run")
     axes.set(xscale="log", xlabel="MB that a step must move (4 L + 3 F)", ylabel="GB/s", ylim=(0, None))
@@ -188,7 +192,7 @@ def _roofline(record: dict[str, Any], path: Path) -> None:
 def _ratios(record: dict[str, Any], path: Path) -> None:
     """Time of each rival over that of the backend that `auto` takes."""
     pyplot = _style()
-    cases = _plain(record)
+    cases = plain(record)
     figure, axes = pyplot.subplots(figsize=(7.5, 3.2))
     width = 0.8 / len(RIVALS)
     for column, rival in enumerate(RIVALS):
@@ -201,7 +205,7 @@ def _ratios(record: dict[str, Any], path: Path) -> None:
         bars = axes.bar(places, heights, width, label=rival, color=COLOURS[rival])
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    labels = [Case(**c["case"]).title.rsplit(", ", 1)[0].replace(", ", "\n", 1) for c in cases]
+    labels = ["{}\n{height}×{width}, batch {batch}".format(TITLES[c["case"]["regime"]], **c["case"]) for c in cases]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="times as long as frs_kernels")

@@ -4,7 +4,8 @@
     python tools/tables.py --check    exit 1 if that would change a file
 
 The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
-to its output folder, those of `mmdet` from examples/mmdet/results.json and `make demo-mmdet`. Nobody types them.
+to its output folder, those of `mmdet` from examples/mmdet/results.json and `make demo-mmdet`, those of `performance`,
+`speed` and `targets` from benchmarks/results, with its plots. Nobody types them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import report
+from grid import TITLES, Case
+
 ROOT = Path(__file__).resolve().parents[1]
+SHOWN = ("authors' form", "logits form", "torch.compile")
 EXAMPLES = ROOT / "examples"
 METRICS = ("AP", "AP50", "AP75", "small", "medium", "large")
 
@@ -85,7 +93,126 @@ def mmdet() -> list[str]:
     return [*lines, "", shown]
 
 
+def devices() -> list[Path]:
+    return sorted(path.parent for path in (ROOT / "benchmarks" / "results").glob("*/loss.json"))
+
+
+def heading(record: dict[str, Any]) -> str:
+    return (
+        f"{record['device']}, {record['threads']} threads, torch {record['torch']}; commit {record['commit']}, "
+        f"{record['date'][:10]}"
+    )
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def performance() -> list[str]:
+    """All that was measured, a section a device."""
+    lines: list[str] = []
+    for folder in devices():
+        record = report.read(folder, "loss")
+        lines += [f"### {record['device']}", "", f"{heading(record)}; medians [quartiles].", ""]
+        place = f"../benchmarks/results/{folder.name}"
+        lines += [f"![roofline]({place}/roofline.png)", f"![ratios]({place}/ratios.png)", ""]
+        body, last = [], None
+        for case, name, cells in report.rows(record):
+            body.append(["" if case == last else case, name, *cells])
+            last = case
+        lines += [*markdown(("case", "implementation", *report.COLUMNS), body), ""]
+        if record["host"]:
+            lines += ["One position a level, fp32: what a step costs before it computes anything.", ""]
+            cost = [(n, f"{1e6 * c['seconds']:.0f}", str(c["launches"])) for n, c in record["host"].items()]
+            unit = "kernels" if record["kind"] == "cuda" else "operators"
+            lines += [*markdown(("implementation", "µs a step", f"{unit} a step"), cost), ""]
+        if first := [
+            (name, f"{result['first_seconds']:.1f}") for name, result in record["cases"][0]["implementations"].items()
+        ]:
+            lines += ["Time to the first result, with its check, of the first case.", ""]
+            lines += [*markdown(("implementation", "s"), first), ""]
+        if scaling := report.read(folder, "scaling"):
+            lines += ["How cost grows: time of a step = a + b · x, fitted.", "", f"![scaling]({place}/scaling.png)", ""]
+            fits = [
+                (x, name, f"{1e3 * line['intercept']:.2f}", f"{1e6 * line['slope']:.3g}")
+                for x, sweep in scaling["sweeps"].items()
+                for name, line in sweep["implementations"].items()
+            ]
+            lines += [*markdown(("x", "implementation", "a, ms", "b, µs"), fits), ""]
+            lines += threads(scaling.get("threads"))
+        if step := report.read(folder, "step"):
+            size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
+            lines += [f"A whole training step of mmdetection, R50 taught by R101, {size}, fp32.", ""]
+            body = [
+                (pair if arm == "student alone" else "", arm, *cells) for pair, arm, cells in report.step_rows(step)
+            ]
+            lines += [*markdown(("pair", "", *report.STEP_COLUMNS), body), ""]
+    return lines[:-1]
+
+
+def threads(record: dict[str, Any] | None) -> list[str]:
+    if not record:
+        return []
+    counts = record["threads"]
+    body = [
+        (TITLES[regime], name, *(f"{1e3 * s[0]:.2f}" for s in spreads), f"{spreads[0][0] / spreads[-1][0]:.2f}")
+        for regime, found in record.items()
+        if regime != "threads"
+        for name, spreads in found.items()
+    ]
+    columns = ("", "implementation", *(f"{n} threads, ms" for n in counts), "speed-up")
+    return ["400×672, batch 1, by threads.", "", *markdown(columns, body), ""]
+
+
+def speed() -> list[str]:
+    """The main grid in a line a case: what `auto` takes against the rivals."""
+    lines: list[str] = []
+    for folder in devices():
+        record = report.read(folder, "loss")
+        body = []
+        for measured in report.plain(record):
+            timed = {n: r["step"][0] for n, r in measured["implementations"].items() if "step" in r}
+            ours = report.best_of_ours(measured["implementations"])
+            roof = 100 * measured["bytes"] / timed[ours] / measured["copy_bandwidth"]
+            rivals = (min((timed[n] for n in timed if n.startswith(rival)), default=None) for rival in SHOWN)
+            body.append([
+                Case(**measured["case"]).title, f"{1e3 * timed[ours]:.2f}", f"{roof:.0f}",
+                *("" if t is None else f"{1e3 * t:.1f} = {t / timed[ours]:.1f}×" for t in rivals),
+            ])  # fmt: skip
+        columns = ("forward + backward", "frs_kernels, ms", "% of copy", *(f"{rival}, ms" for rival in SHOWN))
+        lines += [heading(record), "", *markdown(columns, body), ""]
+        lines += [f"![times of the rivals](benchmarks/results/{folder.name}/ratios.png)", ""]
+    return lines[:-1]
+
+
+def targets() -> list[str]:
+    """What was aimed at on two cores, and what was seen."""
+    lines: list[str] = []
+    for folder in devices():
+        record = report.read(folder, "loss")
+        if record["kind"] != "cpu":
+            continue
+        body = []
+        for measured in report.plain(record):
+            timed = {n: r["step"][0] for n, r in measured["implementations"].items() if "step" in r}
+            ours = timed[report.best_of_ours(measured["implementations"])]
+            seen = (
+                ours / (measured["bytes"] / measured["copy_bandwidth"]),
+                timed[SHOWN[0]] / ours,
+                min(timed[n] for n in timed if n.startswith("torch.compile")) / ours,
+            )
+            met = (seen[0] <= 2.5, seen[1] >= 8, seen[2] >= 2)
+            cells = (f"{value:.1f}× {'met' if ok else '**missed**'}" for value, ok in zip(seen, met, strict=True))
+            body.append([Case(**measured["case"]).title, *cells])
+        columns = ("", "at most 2.5× the floor", "at least 8× the authors' form", "at least 2× torch.compile")
+        lines += [heading(record), "", *markdown(columns, body), ""]
+    return lines[:-1]
+
+
 BLOCKS = {
+    "speed": (speed, (ROOT / "README.md",)),
+    "performance": (performance, (ROOT / "docs" / "performance.md",)),
+    "targets": (targets, (ROOT / "docs" / "performance.md",)),
     "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
 }
