@@ -34,7 +34,7 @@ from rich.progress import track
 from run import describe, folder_of
 from torch import Tensor
 
-from frs_kernels.integrations.mmdet import dense_head
+from frs_kernels.integrations.mmdet_pair import dense_head
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "mmdet" / "configs" / "coco"
 PAIRS = ("retinanet_r50_r101_2x", "gfl_r50_r101_1x", "fcos_r50_r101_2x", "faster_rcnn_r50_r101_1x")

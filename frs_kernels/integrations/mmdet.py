@@ -20,39 +20,35 @@ with s, x the neck's and head's outputs that the student's own losses are made o
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from mmdet.models.dense_heads import TOODHead
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import get_box_tensor
-from mmengine.config import Config
-from mmengine.hub import get_config
 from mmengine.logging import MessageHub
-from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 
 from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, checks, fsr_loss, richness_mask
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
+from frs_kernels.integrations.mmdet_pair import (
+    PROBE_SIDE,
+    Emitted,
+    check_normalisation,
+    check_pair,
+    choose_levels,
+    dense_head,
+    load_teacher,
+    model_config,
+    probe,
+    run,
+)
 
 TERMS = ("both", "features", "head")
 MASKS = ("richness", "threshold", "ones", "boxes")
-PROBE_SIDE = 128
-NORMALISATION = ("mean", "std", "bgr_to_rgb", "rgb_to_bgr")
-
-
-class Emitted(NamedTuple):
-    """What passed through a detector's dense head; one tensor a level."""
-
-    feats: list[Tensor]  # (N, C, H, W), from the neck
-    logits: list[Tensor]  # (N, K, H, W), class logits
-    outputs: tuple[Any, ...]  # all that the head returned, the logits first
 
 
 @MODELS.register_module()
@@ -76,15 +72,19 @@ class FRSDistiller(BaseDetector):
         centerness: multiplies the richness by sigmoid(centerness), for heads that emit it (FCOS, ATSS).
         levels: indices of the levels that are distilled; all by default.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
-        warmup: iterations over which both losses rise linearly from 0; the iteration is the runner's, so that a resumed
-            run goes on where it was. Without a runner there is no warm-up.
+        warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
+            resumed run goes on where it was. Where there has been no runner there is no warm-up.
         average_mass: average M_l over the processes of `torch.distributed`; each keeps its own by default.
         data_preprocessor: the student's by default.
 
     Raises (when built, before training):
-        ValueError: an unknown option; a student or teacher without neck or sigmoid class logits; other strides, number
-            of levels, classes or normalisation; a checkpoint that does not fit the teacher.
+        ValueError: an unknown value of an option; a student or teacher without neck or sigmoid class logits; other
+            strides, number of levels, number of classes, anchors or normalisation; a checkpoint that does not fit.
+        TypeError: an unknown keyword in `loss`, or a value that is no number where one is needed.
         FileNotFoundError: no such config or checkpoint.
+
+    A checkpoint of the plain student (`load_from`) is taken as the student's. What is asked of the distiller and is not
+    its own (`bbox_head`, `set_epoch`, ...: mmdet's hooks do) is the student's.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FRSDistiller(BaseDetector):
         adapter_kernel: int | None = 3,
         warmup: int = 500,
         average_mass: bool = False,
-        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         checks.check_option("terms", terms, TERMS)
@@ -119,10 +119,12 @@ class FRSDistiller(BaseDetector):
             raise ValueError(f"centerness=True multiplies the richness, which mask={mask!r} does not use")
         options = _options(preset, loss)
 
-        student_cfg, teacher_cfg = _model_config("student", student), _model_config("teacher", teacher)
-        _check_normalisation(student_cfg, teacher_cfg)
+        student_cfg, teacher_cfg = model_config("student", student), model_config("teacher", teacher)
+        if isinstance(data_preprocessor, dict):
+            student_cfg["data_preprocessor"] = data_preprocessor
+        check_normalisation(student_cfg, teacher_cfg)
         built: BaseDetector = MODELS.build(student_cfg)
-        super().__init__(data_preprocessor or built.data_preprocessor, init_cfg)
+        super().__init__(built.data_preprocessor, init_cfg)
         self.student = built
         self.options = options
         self.terms = terms
@@ -132,16 +134,16 @@ class FRSDistiller(BaseDetector):
         self.warmup = warmup
         self.average_mass = average_mass
         frozen = MODELS.build(teacher_cfg)
-        _load(frozen, teacher_checkpoint)
+        load_teacher(frozen, teacher_checkpoint)
         # Past nn.Module.__setattr__, which would make it a submodule.
         self.__dict__["teacher"] = frozen.eval().requires_grad_(False)
 
-        s, t = _probe("student", self.student), _probe("teacher", self.teacher)
-        self.levels = _levels(levels, s, t)
+        s, t = probe("student", self.student), probe("teacher", self.teacher)
+        self.levels = choose_levels(levels, s, t)
         s, t = self._pick(s), self._pick(t)
         checks.check_level_weights(options.get("level_weights"), len(self.levels))
         self.strides = [PROBE_SIDE // z.shape[-1] for z in t.logits]
-        _check_pair(self, s, t)
+        check_pair(self.student, self.teacher, s, t, self.levels, terms != "features", centerness)
         channels = [x.shape[1] for x in s.feats], [x.shape[1] for x in t.feats]
         self.adapter = None
         if terms != "head" and adapter_kernel is not None:
@@ -194,7 +196,7 @@ class FRSDistiller(BaseDetector):
     @torch.no_grad()
     def observe_teacher(self, batch_inputs: Tensor) -> Emitted:
         """What the teacher emits for preprocessed images (N, 3, H, W), at the levels that are distilled."""
-        return self._pick(_run(self.teacher, batch_inputs))
+        return self._pick(run(self.teacher, batch_inputs))
 
     def richness(self, batch_inputs: Tensor) -> Richness:
         """The teacher's richness scores (N, H, W) a level, and masses, for preprocessed images (N, 3, H, W)."""
@@ -223,6 +225,20 @@ class FRSDistiller(BaseDetector):
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith((f"{prefix}student.", f"{prefix}adapter.")) for key in state_dict):
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[f"{prefix}student.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "student" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.student, name)
+
     def predict(self, batch_inputs: Tensor, batch_data_samples: list[Any], rescale: bool = True) -> Any:
         return self.student.predict(batch_inputs, batch_data_samples, rescale=rescale)
 
@@ -231,12 +247,6 @@ class FRSDistiller(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> Any:
         return self.student.extract_feat(batch_inputs)
-
-
-def dense_head(detector: BaseDetector) -> Any:
-    """The head whose class logits are distilled: the RPN's of a two-stage detector, as the paper's authors did."""
-    head = getattr(detector, "rpn_head", None)
-    return getattr(detector, "bbox_head", None) if head is None else head
 
 
 def box_mask(boxes: Sequence[Tensor], like: Tensor, stride: int) -> Tensor:
@@ -269,12 +279,6 @@ def _emitted(head: nn.Module) -> Iterator[list[Emitted]]:
         handle.remove()
 
 
-def _run(detector: BaseDetector, images: Tensor) -> Emitted:
-    feats = detector.extract_feat(images)
-    outputs = dense_head(detector)(feats)
-    return Emitted(list(feats), list(outputs[0]), outputs)
-
-
 def _options(preset: str | None, loss: Any) -> dict[str, Any]:
     """The keywords of `fsr_loss`: the preset's, and over them the config's own."""
     if preset is not None:
@@ -286,99 +290,3 @@ def _options(preset: str | None, loss: Any) -> dict[str, Any]:
         raise ValueError(f"loss has {', '.join(sorted(taken))}: set by FRSDistiller itself (average_mass=True)")
     FSRLoss(**options)  # refuses an unknown option
     return options
-
-
-def _model_config(name: str, config: dict[str, Any] | str | Path) -> Any:
-    """The `model` of a config file, "mmdet::" included, or a dict as it is; a copy, as building changes it."""
-    if isinstance(config, dict):
-        return copy.deepcopy(Config({"model": config.get("model", config)}).model)
-    if "::" in str(config):
-        return get_config(str(config)).model
-    if not Path(config).is_file():
-        raise FileNotFoundError(f"{name}={str(config)!r} is no file; give a config file, 'mmdet::<config>' or a dict")
-    return Config.fromfile(config).model
-
-
-def _check_normalisation(student: Any, teacher: Any) -> None:
-    s, t = ({key: cfg.get("data_preprocessor", {}).get(key) for key in NORMALISATION} for cfg in (student, teacher))
-    if s != t:
-        raise ValueError(
-            f"student and teacher see the same images, but are normalised otherwise: student {s}, teacher {t}; take a "
-            "teacher that was trained with the student's data_preprocessor"
-        )
-
-
-def _load(teacher: BaseDetector, checkpoint: str | Path) -> None:
-    try:
-        state = _load_checkpoint(str(checkpoint), map_location="cpu")
-    except OSError as error:
-        raise FileNotFoundError(f"teacher_checkpoint={str(checkpoint)!r} cannot be read: {error}") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} is no checkpoint: {error}") from error
-    state = state.get("state_dict", state)
-    try:
-        teacher.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        hint = "; export its student first" if any(key.startswith("student.") for key in state) else ""
-        lines = [line.strip() for line in str(error).splitlines()]
-        shown = " ".join(line if len(line) < 300 else line[:300] + " ..." for line in lines[:4])
-        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} does not fit the teacher{hint}: {shown}") from error
-
-
-@torch.no_grad()
-def _probe(name: str, detector: BaseDetector) -> Emitted:
-    """What a detector emits for an empty image: levels, channels and strides, measured and not read from configs."""
-    kind = type(detector).__name__
-    head = dense_head(detector)
-    if not detector.with_neck:
-        raise ValueError(f"{name} ({kind}) has no neck: the loss needs the levels of a feature pyramid (FPN)")
-    # TOOD's head emits probabilities; softmax heads have a background class.
-    logits = hasattr(head, "cls_out_channels") and getattr(head, "use_sigmoid_cls", True)
-    if not logits or isinstance(head, TOODHead):
-        raise ValueError(f"{name} ({kind}) has the head {type(head).__name__}, which emits no sigmoid class logits")
-    training = detector.training
-    emitted = _run(detector.eval(), torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
-    detector.train(training)
-    return emitted
-
-
-def _levels(levels: Sequence[int] | None, s: Emitted, t: Emitted) -> list[int]:
-    if levels is None:
-        if len(s.logits) != len(t.logits):
-            raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: other levels; say which with levels=")
-        return list(range(len(s.logits)))
-    most = min(len(s.logits), len(t.logits))
-    if not levels or len(set(levels)) < len(levels) or not all(isinstance(i, int) and 0 <= i < most for i in levels):
-        raise ValueError(f"levels={list(levels)}: give distinct indices from 0 to {most - 1}")
-    return list(levels)
-
-
-def _strides(emitted: Emitted) -> str:
-    return f"{len(emitted.logits)} levels of strides {[PROBE_SIDE // z.shape[-1] for z in emitted.logits]}"
-
-
-def _check_pair(distiller: FRSDistiller, s: Emitted, t: Emitted) -> None:
-    """Student and teacher fit each other at the levels that are distilled."""
-    if [z.shape[-2:] for z in s.logits] != [z.shape[-2:] for z in t.logits]:
-        raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: both must have the same strides")
-    if distiller.terms != "features":
-        classes = [_classes(detector) for detector in (distiller.student, distiller.teacher)]
-        channels = [[z.shape[1] for z in emitted.logits] for emitted in (s, t)]
-        if classes[0] != classes[1] or channels[0] != channels[1]:
-            raise ValueError(
-                f"student has {classes[0]} classes and {channels[0]} class logits a level, teacher {classes[1]} and "
-                f"{channels[1]}; both heads must have the same classes and anchors (not so with terms='features')"
-            )
-    emits = len(t.outputs) > 2 and all(t.outputs[2][i].shape[1] == 1 for i in distiller.levels)
-    if distiller.centerness and not emits:
-        head = type(dense_head(distiller.teacher)).__name__
-        raise ValueError(f"centerness=True, but the teacher's {head} emits none")
-
-
-def _classes(detector: BaseDetector) -> int:
-    """Classes that a detector tells apart; of a two-stage detector its second stage's, the RPN's being always 1."""
-    heads = getattr(getattr(detector, "roi_head", None), "bbox_head", None)
-    if isinstance(heads, nn.ModuleList):  # a cascade's stages
-        heads = heads[0]
-    head: Any = dense_head(detector) if heads is None else heads
-    return int(head.num_classes)

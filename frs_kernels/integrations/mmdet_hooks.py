@@ -49,12 +49,18 @@ class FRSExportHook(Hook):
 
     priority = "LOWEST"  # after CheckpointHook
 
+    def before_train(self, runner: Any) -> None:
+        _distiller_of(runner, type(self).__name__)
+
     def after_train(self, runner: Any) -> None:
         if runner.rank != 0:
             return
         hub = runner.message_hub
         keys = [key for key in hub.runtime_info if key == "last_ckpt" or key.startswith("best_ckpt")]
-        for path in {hub.get_info(key) for key in keys}:
+        for path in sorted({str(hub.get_info(key)) for key in keys}):
+            if not Path(path).is_file():  # of a resumed run, whose old folder is gone
+                runner.logger.warning(f"{path} is not there any more: its student is not exported")
+                continue
             out = Path(path).with_name(f"{Path(path).stem}_student.pth")
             export_student(path, out)
             runner.logger.info(f"exported the student to {out}")
@@ -62,10 +68,11 @@ class FRSExportHook(Hook):
 
 @HOOKS.register_module()
 class FRSMaskHook(Hook):
-    """Draws the richness mask of every FPN level over images in validation and test (the paper's figure of masks).
+    """Draws the richness mask of every distilled level over images in validation and test, as the paper's figure does.
 
     One picture an image goes to the runner's visualizer as `frs_mask_<file name>`: the image, then a panel a level with
-    its stride and its share of the level's mass. Colours run from blue, score 0, to red, score 1, on all panels alike.
+    its stride and the image's share of the level's mass. Colours run from blue, score 0, to red, score 1, on all panels
+    alike. It is the teacher's richness that is drawn, whatever the distiller's `mask` is.
 
     Args:
         num_images: how many of the first images of each validation or test are drawn.
@@ -76,6 +83,9 @@ class FRSMaskHook(Hook):
         self.num_images = num_images
         self.opacity = opacity
         self.drawn = 0
+
+    def before_run(self, runner: Any) -> None:
+        _distiller_of(runner, type(self).__name__)
 
     def before_val_epoch(self, runner: Any) -> None:
         self.drawn = 0
@@ -92,9 +102,7 @@ class FRSMaskHook(Hook):
     def _draw(self, runner: Any, data_batch: Any) -> None:
         if self.drawn >= self.num_images:
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if not hasattr(model, "richness"):
-            raise TypeError(f"FRSMaskHook draws the masks of a FRSDistiller; the model is a {type(model).__name__}")
+        model = _distiller_of(runner, type(self).__name__)
         data = model.data_preprocessor(data_batch, False)
         scores, _ = model.richness(data["inputs"])
         for number, sample in enumerate(data["data_samples"][: self.num_images - self.drawn]):
@@ -104,6 +112,13 @@ class FRSMaskHook(Hook):
             picture = draw_masks(image, levels, model.strides, *shapes, self.opacity)
             runner.visualizer.add_image(f"frs_mask_{Path(sample.img_path).stem}", picture, step=runner.iter)
             self.drawn += 1
+
+
+def _distiller_of(runner: Any, hook: str) -> Any:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not hasattr(type(model), "richness"):
+        raise TypeError(f"{hook} is for a FRSDistiller; the model is a {type(model).__name__}")
+    return model
 
 
 def draw_masks(

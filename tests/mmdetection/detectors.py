@@ -15,7 +15,8 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
 from torch import Tensor
 
-from frs_kernels.integrations.mmdet import Emitted, FRSDistiller
+from frs_kernels.integrations.mmdet import FRSDistiller
+from frs_kernels.integrations.mmdet_pair import Emitted
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "mmdet" / "configs"

@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
-from detectors import CONFIGS, NAMES, distiller, student_of, teacher_of
+from detectors import CONFIGS, NAMES, config_of, distiller, student_of, teacher_of
+from mmdet.models.detectors import GFL
+from mmengine.hub import get_config
 
 each_detector = pytest.mark.parametrize("name", NAMES)
 HEADS = {"retinanet": "bbox_head", "gfl": "bbox_head", "fcos": "bbox_head", "faster_rcnn": "roi_head.bbox_head"}
@@ -93,6 +95,17 @@ def test_a_student_without_a_pyramid(teacher_file, name):
 def test_an_unknown_mask_source(teacher_file, name):
     with refused(ValueError, "mask='gaussian' is unknown", "'richness', 'threshold', 'ones', 'boxes'"):
         distiller(name, teacher_file(name), mask="gaussian")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("retinanet", {"octave_base_scale": 4}), ("gfl", {"octave_base_scale": 8})]
+)
+def test_as_many_anchors_of_another_size(teacher_file, name, scale):
+    other = {f"bbox_head__anchor_generator__{key}": value for key, value in scale.items()}
+    file = teacher_file(name, **other)
+    with refused(ValueError, "student's anchors are", "the teacher's", "of one box in the student"):
+        distiller(name, file, teacher=teacher_of(name, **other))
+    assert distiller(name, file, teacher=teacher_of(name, **other), terms="features")
 
 
 def test_other_strides(teacher_file):
@@ -182,6 +195,61 @@ def test_a_wrong_option(teacher_file, options, error, words):
         distiller("gfl", teacher_file("gfl"), **options)
 
 
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3)])
+def test_a_file_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with refused(ValueError, "no checkpoint but a"):
+        distiller("gfl", tmp_path / "other.pth")
+
+
+def test_names_that_older_tools_left_in_a_checkpoint(teacher_file):
+    """DDP's prefix, and the preprocessor's buffers of early releases."""
+    file = teacher_file("gfl")
+    content = torch.load(file)
+    state = {f"module.{key}": value for key, value in content["state_dict"].items()}
+    torch.save({"state_dict": state | {"data_preprocessor.mean": torch.zeros(3, 1, 1)}}, file)
+    teacher = distiller("gfl", file).teacher.state_dict()
+    assert all(torch.equal(teacher[key], value) for key, value in content["state_dict"].items())
+
+
+@pytest.mark.parametrize("change", [{"mean": (123.675, 116.28, 103.53)}, {"rgb_to_bgr": False}])
+def test_a_normalisation_said_otherwise(teacher_file, change):
+    other = {f"data_preprocessor__{key}": value for key, value in change.items()}
+    assert distiller("gfl", teacher_file("gfl"), teacher=teacher_of("gfl", **other))
+
+
+def test_a_preprocessor_of_the_distillers_own(teacher_file):
+    own = {"type": "DetDataPreprocessor", "mean": [0.0] * 3, "std": [1.0] * 3}
+    with refused(ValueError, "normalised otherwise"):
+        distiller("gfl", teacher_file("gfl"), data_preprocessor=own)
+
+
+@pytest.mark.parametrize(
+    "config", ["mmdet::detr/detr_r50_8xb2-150e_coco.py", "mmdet::guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py"]
+)
+def test_other_heads_of_mmdets(teacher_file, config):
+    student = get_config(config).model
+    student.backbone.init_cfg = None
+    with refused(ValueError, "student", "no sigmoid class logits a level"):
+        distiller("gfl", teacher_file("gfl"), student=student)
+
+
+def test_a_detector_that_cannot_be_run(teacher_file, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(GFL, "extract_feat", fail)
+    with refused(ValueError, "student (GFL) cannot be run on an empty 512x512 image", "no such operator"):
+        distiller("gfl", teacher_file("gfl"))
+
+
 def test_configs_may_be_files(teacher_file):
     folder = CONFIGS / "digits"
     assert distiller("gfl", teacher_file("gfl"), student=str(folder / "gfl.py"), teacher=folder / "gfl_teacher.py")
+
+
+def test_configs_may_be_config_objects(teacher_file, tmp_path):
+    assert distiller("gfl", teacher_file("gfl"), student=config_of("gfl"), teacher=config_of("gfl_teacher"))
+    (tmp_path / "empty.py").write_text("optimizer = None\n")
+    with refused(ValueError, "empty.py", "has no model"):
+        distiller("gfl", teacher_file("gfl"), teacher=tmp_path / "empty.py")

@@ -137,6 +137,36 @@ def test_an_export_of_no_distiller_is_refused(tmp_path, teacher_file):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_a_run_begins_from_a_plain_students_weights(data, tmp_path, teacher_file):
+    plain = MODELS.build(student_of("gfl"))
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pth")
+    config = shortened("gfl", data, tmp_path, teacher_file("gfl"), load_from=str(tmp_path / "plain.pth"))
+    runner = Runner.from_cfg(config)
+    runner.load_or_resume()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, runner.model.student.state_dict()[key])
+
+
+def test_an_export_goes_on_where_a_checkpoint_is_gone(data, tmp_path, teacher_file):
+    config = shortened("gfl", data, tmp_path, teacher_file("gfl"))
+    runner = Runner.from_cfg(config)
+    runner.message_hub.update_info("best_ckpt", str(tmp_path / "best.pth"))
+    runner.train()
+    assert (tmp_path / "iter_2_student.pth").is_file()
+    assert not (tmp_path / "best_student.pth").exists()
+
+
+@pytest.mark.parametrize("hook", ["FRSMaskHook", "FRSExportHook"])
+def test_a_hook_without_a_distiller_says_so_before_training(data, tmp_path, teacher_file, hook):
+    config = shortened("gfl", data, tmp_path, teacher_file("gfl"))
+    config.model = student_of("gfl")
+    config.custom_hooks = [{"type": hook}]
+    runner = Runner.from_cfg(config)
+    with pytest.raises(TypeError, match=f"{hook} is for a FRSDistiller; the model is a GFL"):
+        runner.train()
+    assert runner.iter == 0
+
+
 def test_resuming_in_the_middle_of_the_warmup(data, tmp_path, teacher_file):
     teacher = teacher_file("gfl")
     runner, unbroken = train(shortened("gfl", data, tmp_path / "unbroken", teacher, iterations=8))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from detectors import FRS, NAMES, batch, by_formula, distiller, gradients, recorded, student_of, teacher_of
 from mmengine.logging import MessageHub
 
 from frs_kernels import PRESETS
-from frs_kernels.integrations.mmdet import box_mask, dense_head
+from frs_kernels.integrations.mmdet import box_mask
+from frs_kernels.integrations.mmdet_pair import dense_head
 
 each_detector = pytest.mark.parametrize("name", NAMES)
 
@@ -278,3 +282,45 @@ def test_autocast_in_bf16(rng, teacher_file, name):
     loss, _ = model.parse_losses(losses)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@each_detector
+def test_a_copy_is_whole(rng, teacher_file, name):
+    """As mmengine's EMAHook makes one: with a teacher of its own that is no submodule, and the same losses."""
+    model = distiller(name, teacher_file(name))
+    inputs, samples = batch(rng)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.teacher is not model.teacher
+        assert not any(module.training for module in other.teacher.modules())
+        state = torch.get_rng_state()
+        losses = model.loss(inputs, samples)
+        torch.set_rng_state(state)
+        again = other.loss(inputs, samples)
+        assert all(torch.equal(losses[key], again[key]) for key in FRS)
+
+
+def test_a_plain_students_checkpoint_is_the_students(teacher_file):
+    model, other = (distiller("gfl", teacher_file("gfl")) for _ in range(2))
+    state = {key: torch.randn_like(v) if v.is_floating_point() else v for key, v in other.student.state_dict().items()}
+    adapter = {key: value.clone() for key, value in model.adapter.state_dict().items()}
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    assert not unexpected
+    assert all(key.startswith("adapter.") for key in missing)
+    assert all(torch.equal(value, state[key]) for key, value in model.student.state_dict().items())
+    assert all(torch.equal(value, adapter[key]) for key, value in model.adapter.state_dict().items())
+
+
+def test_what_hooks_ask_of_a_detector_is_the_students(teacher_file):
+    model = distiller("gfl", teacher_file("gfl"))
+    assert model.bbox_head is model.student.bbox_head
+    assert model.with_neck
+    assert not hasattr(model, "rpn_head")
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = model.nothing_such
+
+
+def test_strides_beyond_128(rng, teacher_file):
+    deep = {"neck__num_outs": 6, "bbox_head__anchor_generator__strides": [8, 16, 32, 64, 128, 256]}
+    student, teacher = student_of("gfl", **deep), teacher_of("gfl", **deep)
+    model = distiller("gfl", teacher_file("gfl", **deep), student=student, teacher=teacher, mask="boxes")
+    assert model.strides == [8, 16, 32, 64, 128, 256]

@@ -1,0 +1,182 @@
+"""What a student and a teacher must be for `FRSDistiller`: configs, checkpoint, and whether the two fit each other.
+
+All of it runs when the distiller is built; what does not fit is an error before training starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmdet.models.dense_heads import DETRHead, GuidedAnchorHead, TOODHead
+from mmdet.models.detectors import BaseDetector
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.runner.checkpoint import _load_checkpoint
+from torch import Tensor, nn
+
+PROBE_SIDE = 512  # the largest stride that it can tell
+
+
+class Emitted(NamedTuple):
+    """What passed through a detector's dense head; one tensor a level."""
+
+    feats: list[Tensor]  # (N, C, H, W), from the neck
+    logits: list[Tensor]  # (N, K, H, W), class logits
+    outputs: tuple[Any, ...]  # all that the head returned, the logits first
+
+
+def dense_head(detector: BaseDetector) -> Any:
+    """The head whose class logits are distilled: the RPN's of a two-stage detector, as the paper's authors did."""
+    head = getattr(detector, "rpn_head", None)
+    return getattr(detector, "bbox_head", None) if head is None else head
+
+
+def run(detector: BaseDetector, images: Tensor) -> Emitted:
+    feats = detector.extract_feat(images)
+    outputs = dense_head(detector)(feats)
+    return Emitted(list(feats), list(outputs[0]), outputs)
+
+
+def model_config(name: str, config: dict[str, Any] | str | Path) -> Any:
+    """The `model` of a config file, "mmdet::" included, or a dict as it is; a copy, as building changes it."""
+    if isinstance(config, Config):
+        config = config._cfg_dict
+    if isinstance(config, dict):
+        return copy.deepcopy(Config({"model": config.get("model", config)}).model)
+    if "::" in str(config):
+        return get_config(str(config)).model
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"{name}={str(config)!r} is no file; give a config file, 'mmdet::<config>' or a dict")
+    found = Config.fromfile(config)
+    if "model" not in found:
+        raise ValueError(f"{name}={str(config)!r} has no model")
+    return found.model
+
+
+def _normalisation(model: Any) -> str:
+    cfg = model.get("data_preprocessor") or {}
+    mean, std = ([float(v) for v in cfg.get(key) or ()] for key in ("mean", "std"))
+    swapped = cfg.get("bgr_to_rgb") or cfg.get("rgb_to_bgr")
+    return f"mean {mean}, std {std}, channels {'swapped' if swapped else 'as they are'}"
+
+
+def check_normalisation(student: Any, teacher: Any) -> None:
+    s, t = map(_normalisation, (student, teacher))
+    if s != t:
+        raise ValueError(
+            f"student and teacher see the same images, but are normalised otherwise: student {s}; teacher {t}; take a "
+            "teacher that was trained with the student's data_preprocessor"
+        )
+
+
+def load_teacher(teacher: BaseDetector, checkpoint: str | Path) -> None:
+    try:
+        state = _load_checkpoint(str(checkpoint), map_location="cpu")
+    except OSError as error:
+        raise FileNotFoundError(f"teacher_checkpoint={str(checkpoint)!r} cannot be read: {error}") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} is no checkpoint: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} is no checkpoint but a {type(state).__name__}")
+    # What DDP puts before the names, and what early releases of mmdetection 3 kept of the preprocessor.
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("data_preprocessor.")}
+    try:
+        teacher.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        hint = "; export its student first" if any(key.startswith("student.") for key in state) else ""
+        lines = [line.strip() for line in str(error).splitlines()]
+        shown = " ".join(line if len(line) < 300 else line[:300] + " ..." for line in lines[:4])
+        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} does not fit the teacher{hint}: {shown}") from error
+
+
+@torch.no_grad()
+def probe(name: str, detector: BaseDetector) -> Emitted:
+    """What a detector emits for an empty image: levels, channels and strides, measured and not read from configs."""
+    kind = type(detector).__name__
+    head = dense_head(detector)
+    if not detector.with_neck:
+        raise ValueError(f"{name} ({kind}) has no neck: the loss needs the levels of a feature pyramid (FPN)")
+    # TOOD's head emits probabilities, guided anchors leave positions out, softmax heads have a background class.
+    logits = hasattr(head, "cls_out_channels") and getattr(head, "use_sigmoid_cls", True)
+    if not logits or isinstance(head, (DETRHead, GuidedAnchorHead, TOODHead)):
+        raise ValueError(
+            f"{name} ({kind}) has the head {type(head).__name__}, which emits no sigmoid class logits a level"
+        )
+    training = detector.training
+    try:
+        return run(detector.eval(), torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
+    except Exception as error:
+        size = f"{PROBE_SIDE}x{PROBE_SIDE}"
+        raise ValueError(f"{name} ({kind}) cannot be run on an empty {size} image on the CPU: {error}") from error
+    finally:
+        detector.train(training)
+
+
+def choose_levels(levels: Sequence[int] | None, s: Emitted, t: Emitted) -> list[int]:
+    if levels is None:
+        if len(s.logits) != len(t.logits):
+            raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: other levels; say which with levels=")
+        return list(range(len(s.logits)))
+    most = min(len(s.logits), len(t.logits))
+    if not levels or len(set(levels)) < len(levels) or not all(isinstance(i, int) and 0 <= i < most for i in levels):
+        raise ValueError(f"levels={list(levels)}: give distinct indices from 0 to {most - 1}")
+    return list(levels)
+
+
+def _strides(emitted: Emitted) -> str:
+    return f"{len(emitted.logits)} levels of strides {[PROBE_SIDE // z.shape[-1] for z in emitted.logits]}"
+
+
+def check_pair(
+    student: BaseDetector,
+    teacher: BaseDetector,
+    s: Emitted,
+    t: Emitted,
+    levels: list[int],
+    head: bool,
+    centerness: bool,
+) -> None:
+    """Student and teacher fit each other at the levels that are distilled; `s` and `t` are what they emit there."""
+    if [z.shape[-2:] for z in s.logits] != [z.shape[-2:] for z in t.logits]:
+        raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: both must have the same strides")
+    if head:
+        classes = [_classes(detector) for detector in (student, teacher)]
+        channels = [[z.shape[1] for z in emitted.logits] for emitted in (s, t)]
+        if classes[0] != classes[1] or channels[0] != channels[1]:
+            raise ValueError(
+                f"student has {classes[0]} classes and {channels[0]} class logits a level, teacher {classes[1]} and "
+                f"{channels[1]}; both heads must have the same classes and anchors (not so with terms='features')"
+            )
+        anchors = [_anchors(detector, levels) for detector in (student, teacher)]
+        if anchors[0] != anchors[1]:
+            shown = [found and found[0] for found in anchors]
+            raise ValueError(
+                f"student's anchors are {shown[0]} on the first level, the teacher's {shown[1]}, or differ on another: a "
+                "class logit would be of one box in the student and of another in the teacher; terms='features' has none"
+            )
+    emits = len(t.outputs) > 2 and all(t.outputs[2][i].shape[1] == 1 for i in levels)
+    if centerness and not emits:
+        kind = type(dense_head(teacher)).__name__
+        raise ValueError(f"centerness=True, but the teacher's {kind} emits none")
+
+
+def _anchors(detector: BaseDetector, levels: list[int]) -> list[Any] | None:
+    """Corners of a cell's anchors, a list a level, to a thousandth of a pixel; None where there are only points."""
+    base = getattr(getattr(dense_head(detector), "prior_generator", None), "base_anchors", None)
+    return None if base is None else [[[round(v, 3) for v in box] for box in base[i].tolist()] for i in levels]
+
+
+def _classes(detector: BaseDetector) -> int:
+    """Classes that a detector tells apart; of a two-stage detector its second stage's, the RPN's being always 1."""
+    heads = getattr(getattr(detector, "roi_head", None), "bbox_head", None)
+    if isinstance(heads, nn.ModuleList):  # a cascade's stages
+        heads = heads[0]
+    head: Any = dense_head(detector) if heads is None else heads
+    return int(head.num_classes)
