@@ -158,8 +158,8 @@ def check_pair(
         if anchors[0] != anchors[1]:
             shown = [found and found[0] for found in anchors]
             raise ValueError(
-                f"student's anchors are {shown[0]} on the first level, the teacher's {shown[1]}, or differ on another: a "
-                "class logit would be of one box in the student and of another in the teacher; terms='features' has none"
+                f"student's anchors are {shown[0]} on the first level, the teacher's {shown[1]}, or differ on another: "
+                "a class logit would be of one box in the student and of another in the teacher (terms='features' has none)"
             )
     emits = len(t.outputs) > 2 and all(t.outputs[2][i].shape[1] == 1 for i in levels)
     if centerness and not emits:

@@ -97,11 +97,9 @@ def test_an_unknown_mask_source(teacher_file, name):
         distiller(name, teacher_file(name), mask="gaussian")
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"), [("retinanet", {"octave_base_scale": 4}), ("gfl", {"octave_base_scale": 8})]
-)
+@pytest.mark.parametrize(("name", "scale"), [("retinanet", 4), ("gfl", 8)])
 def test_as_many_anchors_of_another_size(teacher_file, name, scale):
-    other = {f"bbox_head__anchor_generator__{key}": value for key, value in scale.items()}
+    other = {"bbox_head__anchor_generator__octave_base_scale": scale}
     file = teacher_file(name, **other)
     with refused(ValueError, "student's anchors are", "the teacher's", "of one box in the student"):
         distiller(name, file, teacher=teacher_of(name, **other))
@@ -224,11 +222,9 @@ def test_a_preprocessor_of_the_distillers_own(teacher_file):
         distiller("gfl", teacher_file("gfl"), data_preprocessor=own)
 
 
-@pytest.mark.parametrize(
-    "config", ["mmdet::detr/detr_r50_8xb2-150e_coco.py", "mmdet::guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py"]
-)
+@pytest.mark.parametrize("config", ["detr/detr_r50_8xb2-150e_coco", "guided_anchoring/ga-retinanet_r50_fpn_1x_coco"])
 def test_other_heads_of_mmdets(teacher_file, config):
-    student = get_config(config).model
+    student = get_config(f"mmdet::{config}.py").model
     student.backbone.init_cfg = None
     with refused(ValueError, "student", "no sigmoid class logits a level"):
         distiller("gfl", teacher_file("gfl"), student=student)
