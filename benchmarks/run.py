@@ -25,6 +25,7 @@ import bench_loss
 import bench_scaling
 import report
 import torch
+import torch._inductor.config as inductor
 from grid import loss_cases
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -75,6 +76,7 @@ def main() -> int:
     options = parser.parse_args()
     end = time.monotonic() + options.limit
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    inductor.force_disable_caches = True  # so that the time to the first result is that of compiling
     console = Console(width=None if sys.stdout.isatty() else 130)
     folder = folder_of(options.out, device)
     folder.mkdir(parents=True, exist_ok=True)

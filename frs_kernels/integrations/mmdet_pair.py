@@ -159,7 +159,7 @@ def check_pair(
             shown = [found and found[0] for found in anchors]
             raise ValueError(
                 f"student's anchors are {shown[0]} on the first level, the teacher's {shown[1]}, or differ on another: "
-                "a class logit would be of one box in the student and of another in the teacher (terms='features' has none)"
+                "a class logit would be of one box here and of another there (features alone may be: terms='features')"
             )
     emits = len(t.outputs) > 2 and all(t.outputs[2][i].shape[1] == 1 for i in levels)
     if centerness and not emits:
