@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from grid import Case
 from report import OURS
 from rich.console import Console
@@ -80,7 +81,8 @@ def revisions(names: list[str], repeats: int, console: Console) -> list[Timings]
             for name, tree in zip(names, trees, strict=True):
                 console.print(f"building {name}")
                 build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-                subprocess.run(build, cwd=tree, check=True, capture_output=True)
+                wanted = {"FRS_BUILD": "cuda" if torch.cuda.is_available() else "cpu"}
+                subprocess.run(build, cwd=tree, env=os.environ | wanted, check=True, capture_output=True)
             runs: list[list[Timings]] = [[] for _ in names]
             for repeat in range(repeats):
                 for name, tree, found in zip(names, trees, runs, strict=True):

@@ -183,6 +183,11 @@ def _roofline(record: dict[str, Any], path: Path) -> None:
     roof = [c["copy_bandwidth"] / 1e9 for c in cases]
     axes.axhline(sorted(roof)[len(roof) // 2], color="black", linestyle="--", linewidth=1, label="copy, same run")
     axes.set(xscale="log", xlabel="MB that a step must move (4 L + 3 F)", ylabel="GB/s", ylim=(0, None))
+    ticks = [
+        x for x in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if axes.get_xlim()[0] <= x <= axes.get_xlim()[1]
+    ]
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_title(f"{record['device']}: a step of the loss against the memory's roof, fp32")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path)
@@ -205,7 +210,7 @@ def _ratios(record: dict[str, Any], path: Path) -> None:
         bars = axes.bar(places, heights, width, label=rival, color=COLOURS[rival])
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    labels = ["{}\n{height}×{width}, batch {batch}".format(TITLES[c["case"]["regime"]], **c["case"]) for c in cases]
+    labels = ["{}\n{height}×{width}\nbatch {batch}".format(TITLES[c["case"]["regime"]], **c["case"]) for c in cases]
     axes.set_xticks(range(len(cases)), labels, fontsize=7)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel="times as long as frs_kernels")
