@@ -173,7 +173,7 @@ def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
         return []
     if quick:
         return ["torch.compile"] if case.dtype == "fp32" and case.regime == "gfl" else []
-    if device == "cuda" and (case.batch > 2 or case.height > 800 or case.dtype == "fp16"):
+    if case.height > 800 or (device == "cuda" and (case.batch > 2 or case.dtype == "fp16")):
         return []
     both = case.dtype == "bf16" and case.batch == 2 if device == "cuda" else case.dtype == "fp32" and case.batch == 1
     return list(COMPILED) if both else ["torch.compile"]

@@ -65,8 +65,9 @@ def rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             median, low, high = r["step"]
             speed = measured["bytes"] / median
             extra = "" if r.get("peak_extra") is None else f"{r['peak_extra'] / measured['student_bytes']:.1f}×"
+            graph = "" if r.get("graph_seconds") is None else f", in a graph {1e3 * r['graph_seconds']:.3f}"
             found.append((case.title, name, [
-                f"{1e3 * median:.2f} [{1e3 * low:.2f}–{1e3 * high:.2f}]",
+                f"{1e3 * median:.2f} [{1e3 * low:.2f}–{1e3 * high:.2f}]{graph}",
                 f"{speed / 1e9:.1f}",
                 f"{100 * speed / measured['copy_bandwidth']:.0f}",
                 f"{timed[RIVALS[0]] / median:.1f}" if RIVALS[0] in timed else "",

@@ -1,4 +1,4 @@
-"""Says, where mmdetection is not installed, that its tests are not run; and that the package does not need it."""
+"""The package needs no framework; and says, where mmdetection is not installed, that its tests are not run."""
 
 from __future__ import annotations
 
