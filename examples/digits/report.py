@@ -88,15 +88,17 @@ def _gain(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     return {"seeds": seeds, "mean": statistics.fmean(gains), "spread": spread}
 
 
-def _machine(device: str) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.partition(": ")[2] for line in lines if "model name" in line), name)
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if "model name" in line), name)
+
+
+def _machine(device: str) -> dict[str, Any]:
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": name,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ from rich.table import Table
 
 import frs_kernels
 from examples.digits.progress import Advance, stage
+from examples.digits.report import cpu_name
 from examples.mmdet import data
 
 CONFIGS = Path(__file__).parent / "configs" / "digits"
@@ -139,12 +139,6 @@ def compare(console: Console, options: argparse.Namespace) -> dict[str, Any]:
         "versions": {"frs_kernels": frs_kernels.__version__} | {name: version(name) for name in PACKAGES},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), platform.machine())
 
 
 def table(results: dict[str, Any]) -> Table:

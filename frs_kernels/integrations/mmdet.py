@@ -200,7 +200,10 @@ class FRSDistiller(BaseDetector):
 
     def richness(self, batch_inputs: Tensor) -> Richness:
         """The teacher's richness scores (N, H, W) a level, and masses, for preprocessed images (N, 3, H, W)."""
-        return richness_mask(self.observe_teacher(batch_inputs).logits, backend=self.options.get("backend", "auto"))
+        return self._score(self.observe_teacher(batch_inputs))
+
+    def _score(self, t: Emitted) -> Richness:
+        return richness_mask(t.logits, backend=self.options.get("backend", "auto"))
 
     def _mask(self, t: Emitted, samples: list[Any]) -> list[Tensor] | None:
         """(N, H, W) a level; None for the richness itself, which `fsr_loss` makes."""
@@ -212,7 +215,7 @@ class FRSDistiller(BaseDetector):
         if self.mask == "richness" and not self.centerness:
             return None
         with torch.no_grad():
-            scores = richness_mask(t.logits, backend=self.options.get("backend", "auto")).scores
+            scores = self._score(t).scores
             if self.centerness:
                 scores = [s * t.outputs[2][i].sigmoid().amax(1) for s, i in zip(scores, self.levels, strict=True)]
             return scores if self.threshold is None else [s * (s > self.threshold) for s in scores]

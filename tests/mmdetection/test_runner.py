@@ -276,7 +276,7 @@ def test_the_papers_configs_build(tmp_path, name):
     teacher = MODELS.build(get_config(config.model.teacher).model)
     torch.save({"state_dict": teacher.state_dict()}, tmp_path / "teacher.pth")
     model = MODELS.build(config.model | {"teacher_checkpoint": str(tmp_path / "teacher.pth")})
-    assert model.student.backbone.depth, model.teacher.backbone.depth == (50, 101)
+    assert (model.student.backbone.depth, model.teacher.backbone.depth) == (50, 101)
     assert model.strides == ([4, 8, 16, 32, 64] if preset == "faster_rcnn" else [8, 16, 32, 64, 128])
     assert [conv.weight.shape for conv in model.adapter.convs] == [(256, 256, 3, 3)] * 5
     assert model.warmup == 500

@@ -1,4 +1,4 @@
-# The demonstration's pictures of handwritten digits (python -m examples.mmdet data), and a schedule for two CPU cores.
+# The demonstration's pictures of handwritten digits (python -m examples.mmdet.data), and a schedule for two CPU cores.
 default_scope = "mmdet"
 data_root = "runs/mmdet/data/"
 classes = tuple("0123456789")
