@@ -4,7 +4,8 @@
 
 A and B are loss.json files, folders that hold one, or git revisions. A revision is checked out into a temporary folder,
 its libraries are built there, and the benchmarks of this checkout are run with --quick against both in turn, several
-times. A difference counts where the quartiles of the two do not overlap; exits 1 if something of B is slower by that.
+times: between two runs of one revision lies more than between the rounds of one run, 10 % here. A difference counts
+where the quartiles of the two do not overlap; exits 1 if something of B is slower by that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def timings(record: dict[str, Any]) -> Timings:
 def merge(runs: list[Timings]) -> Timings:
     """Several runs as one: the middle of the medians, the widest of the quartiles."""
     found: Timings = {}
-    for key in set.intersection(*(set(run) for run in runs)):
+    for key in (key for key in runs[0] if all(key in run for run in runs)):
         medians, lows, highs = zip(*(run[key] for run in runs), strict=True)
         found[key] = sorted(medians)[len(medians) // 2], min(lows), max(highs)
     return found
@@ -85,7 +86,8 @@ def revisions(names: list[str], repeats: int, console: Console) -> list[Timings]
                 subprocess.run(build, cwd=tree, env=os.environ | wanted, check=True, capture_output=True)
             runs: list[list[Timings]] = [[] for _ in names]
             for repeat in range(repeats):
-                for name, tree, found in zip(names, trees, runs, strict=True):
+                turn = list(zip(names, trees, runs, strict=True))
+                for name, tree, found in turn[:: 1 if repeat % 2 == 0 else -1]:  # none is always the first
                     console.print(f"measuring {name}, {repeat + 1} of {repeats}")
                     out = tree / "compare"
                     command = [sys.executable, "benchmarks/run.py", "--quick", "--parts", "loss", "--out", out]

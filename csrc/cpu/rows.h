@@ -1,4 +1,7 @@
-// Rows of a tile as runs of float or double, in L1: the tensor's own memory where it is such a run, else a buffer.
+// Rows of a tile as runs in L1: the tensor's own memory where it is one, else a buffer.
+//
+// S is what a tile is computed from: double, float, or the 16-bit dtype that all its tensors share. Where they differ
+// it is float, and the others are widened into the buffer.
 #pragma once
 
 #include "tiles.h"
@@ -42,63 +45,72 @@ FRS_INLINE bool is_run(const View& v, const Row& row) {
   return v.c == 1 && (row.p1 - row.p0 == 1 || v.p == row.c1 - row.c0);
 }
 
-template <class T>
-constexpr DType dtype_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
+template <class S>
+constexpr DType dtype_of = sizeof(S) == 8 ? DType::f64 : DType::f32;
+template <>
+constexpr DType dtype_of<Bf16> = DType::bf16;
+template <>
+constexpr DType dtype_of<F16> = DType::f16;
 
 FRS_INLINE const char* address(const View& v, int64_t at) {
   const int64_t bytes = v.dtype == DType::f64 ? 8 : v.dtype == DType::f32 ? 4 : 2;
   return static_cast<const char*>(v.data) + at * bytes;
 }
 
-// The end of a run that fills no vector: its `size` values, then zeros.
-template <class V, class T>
-FRS_INLINE V load_part(const T* p, int64_t size) {
-  V v = {};
-  memcpy(&v, p, size * sizeof(T));
-  return v;
+template <class S>
+static FRS_INLINE void widen_values(float* out, const S* in, int64_t size) {
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store(out + i, load_wide(in + i));
+  if (i < size) store(out + i, load_wide(in + i, size - i));  // buffers have room for a whole vector more
+}
+template <class S>
+static FRS_INLINE void narrow_values(S* out, const float* in, int64_t size) {
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store_narrow(out + i, load<F32>(in + i));
+  if (i < size) store_narrow(out + i, load<F32>(in + i), size - i);
 }
 
-template <class T>
-static inline void widen_run(T* out, const void* in, DType dtype, int64_t size) {
-  if (dtype == DType::f32 || dtype == DType::f64 || sizeof(T) == 8) {
-    for (int64_t i = 0; i < size; ++i) out[i] = one(in, dtype, i);
-    return;
+// A run of any dtype into a buffer of double or float, or one of 16 bits into a buffer of the same; and back.
+template <class S>
+static inline void widen_run(S* out, const void* in, DType, int64_t size) {
+  memcpy(out, in, size * sizeof(S));
+}
+static inline void widen_run(double* out, const void* in, DType dtype, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = one(in, dtype, i);
+}
+static inline void widen_run(float* out, const void* in, DType dtype, int64_t size) {
+  switch (dtype) {
+    case DType::bf16: return widen_values(out, static_cast<const Bf16*>(in), size);
+    case DType::f16: return widen_values(out, static_cast<const F16*>(in), size);
+    default:
+      for (int64_t i = 0; i < size; ++i) out[i] = static_cast<float>(one(in, dtype, i));
   }
-  const auto* from = static_cast<const uint16_t*>(in);
-  const bool bf16 = dtype == DType::bf16;
-  for (int64_t i = 0; i < size; i += WIDTH) {
-    const U16 v = i + WIDTH <= size ? load<U16>(from + i) : load_part<U16>(from + i, size - i);
-    store(out + i, bf16 ? bf16_to_f32(v) : f16_to_f32(v));  // buffers have room for a whole vector more
+}
+template <class S>
+static inline void narrow_run(void* out, DType, const S* in, int64_t size) {
+  memcpy(out, in, size * sizeof(S));
+}
+static inline void narrow_run(void* out, DType dtype, const double* in, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) put(out, dtype, i, in[i]);
+}
+static inline void narrow_run(void* out, DType dtype, const float* in, int64_t size) {
+  switch (dtype) {
+    case DType::bf16: return narrow_values(static_cast<Bf16*>(out), in, size);
+    case DType::f16: return narrow_values(static_cast<F16*>(out), in, size);
+    default:
+      for (int64_t i = 0; i < size; ++i) put(out, dtype, i, in[i]);
   }
 }
 
-template <class T>
-static inline void narrow_run(void* out, DType dtype, const T* in, int64_t size) {
-  if (dtype == DType::f32 || dtype == DType::f64 || sizeof(T) == 8) {
-    for (int64_t i = 0; i < size; ++i) put(out, dtype, i, in[i]);
-    return;
-  }
-  auto* to = static_cast<uint16_t*>(out);
-  const bool bf16 = dtype == DType::bf16;
-  for (int64_t i = 0; i < size; i += WIDTH) {
-    const F32 v = load<F32>(in + i);
-    const U16 narrow = bf16 ? f32_to_bf16(v) : f32_to_f16(v);
-    if (i + WIDTH <= size)
-      store(to + i, narrow);
-    else
-      memcpy(to + i, &narrow, (size - i) * 2);
-  }
-}
-
-template <class T>
+template <class S>
 struct Buffer {
-  alignas(64) T values[ROW + 16];
+  alignas(64) S values[ROW + 16];
 };
 
 // Have what lies `ahead` values further fetched, which may be no part of the tensor.
-template <class T>
-FRS_INLINE void prefetch(const T* p, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead * sizeof(T)));
+template <class S>
+FRS_INLINE void prefetch(const S* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead * sizeof(S)));
 }
 
 // Call f(from, step, to, count) for each part of the row whose values lie `step` apart in memory: from element `from`,
@@ -120,32 +132,32 @@ static FRS_INLINE void each_span(const View& v, const Row& row, const F& f) {
 }
 
 // The values of a row: in place, or widened or gathered into the buffer.
-template <class T>
-static FRS_INLINE const T* fetch(const View& v, const Row& row, Buffer<T>& buffer) {
+template <class S>
+static FRS_INLINE const S* fetch(const View& v, const Row& row, Buffer<S>& buffer) {
   if (is_run(v, row)) {
     const char* p = address(v, offset(v, row, row.c0, row.p0));
-    if (v.dtype == dtype_of<T>) return reinterpret_cast<const T*>(p);
+    if (v.dtype == dtype_of<S>) return reinterpret_cast<const S*>(p);
     widen_run(buffer.values, p, v.dtype, row.size());
   } else {
     each_span(v, row, [&](int64_t from, int64_t step, int64_t to, int64_t count) {
       const char* p = address(v, from);
       if (step == 1) return widen_run(buffer.values + to, p, v.dtype, count);
-      for (int64_t i = 0; i < count; ++i) buffer.values[to + i] = one(p, v.dtype, i * step);
+      for (int64_t i = 0; i < count; ++i) buffer.values[to + i] = item<S>(p, v.dtype, i * step);
     });
   }
   return buffer.values;
 }
 
 // Where a row's values are to be computed: in place where `commit` would have nothing to do, else in the buffer.
-template <class T>
-FRS_INLINE T* target(const View& v, const Row& row, Buffer<T>& buffer) {
+template <class S>
+FRS_INLINE S* target(const View& v, const Row& row, Buffer<S>& buffer) {
   if (!v.data) return nullptr;
-  const bool direct = is_run(v, row) && v.dtype == dtype_of<T>;
-  return direct ? reinterpret_cast<T*>(const_cast<char*>(address(v, offset(v, row, row.c0, row.p0)))) : buffer.values;
+  const bool direct = is_run(v, row) && v.dtype == dtype_of<S>;
+  return direct ? reinterpret_cast<S*>(const_cast<char*>(address(v, offset(v, row, row.c0, row.p0)))) : buffer.values;
 }
 
-template <class T>
-static FRS_INLINE void commit(const View& v, const Row& row, const Buffer<T>& buffer, const T* computed) {
+template <class S>
+static FRS_INLINE void commit(const View& v, const Row& row, const Buffer<S>& buffer, const S* computed) {
   if (computed != buffer.values) return;
   if (is_run(v, row)) {
     narrow_run(const_cast<char*>(address(v, offset(v, row, row.c0, row.p0))), v.dtype, buffer.values, row.size());

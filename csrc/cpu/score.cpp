@@ -16,35 +16,38 @@ FRS_INLINE T larger(T best, T z) {
 inline void keep_larger(double* best, double*, const double* z, int64_t size, int64_t) {
   for (int64_t i = 0; i < size; ++i) best[i] = larger(best[i], z[i]);
 }
-inline void keep_larger(float* best, float* sum, const float* z, int64_t size, int64_t ahead) {
+template <class S>
+inline void keep_larger(float* best, float* sum, const S* z, int64_t size, int64_t ahead) {
   for (int64_t i = 0; i < size; i += WIDTH) {
     prefetch(z + i, ahead);
-    const F32 v = i + WIDTH <= size ? load<F32>(z + i) : load_part<F32>(z + i, size - i);
+    const F32 v = i + WIDTH <= size ? load_wide(z + i) : load_wide(z + i, size - i);
     store(best + i, Primitives<F32>::maximum(load<F32>(best + i), v));
     store(sum + i, load<F32>(sum + i) + v);
   }
 }
 
-template <class T>
-inline T largest(const T* z, int64_t size) {
-  T best = z[0];
-  for (int64_t i = 1; i < size; ++i) best = larger(best, z[i]);
+template <class T, class S>
+inline T largest_one_by_one(const S* z, int64_t size) {
+  T best = -__builtin_inf();
+  for (int64_t i = 0; i < size; ++i) best = larger(best, static_cast<T>(one(z, dtype_of<S>, i)));
   return best;
 }
-inline float largest(const float* z, int64_t size) {
-  if (size < WIDTH) return largest<float>(z, size);
-  F32 best = load<F32>(z), sum = best;
+inline double largest(const double* z, int64_t size) { return largest_one_by_one<double>(z, size); }
+template <class S>
+inline float largest(const S* z, int64_t size) {
+  if (size < WIDTH) return largest_one_by_one<float>(z, size);
+  F32 best = load_wide(z), sum = best;
   int64_t i = WIDTH;
   for (; i + WIDTH <= size; i += WIDTH) {
-    best = Primitives<F32>::maximum(best, load<F32>(z + i));
-    sum = sum + load<F32>(z + i);
+    const F32 v = load_wide(z + i);
+    best = Primitives<F32>::maximum(best, v);
+    sum = sum + v;
   }
   // Once more, slowly, where there was a NaN, or both infinities.
   for (int lane = 0; lane < WIDTH; ++lane)
-    if (sum[lane] != sum[lane]) return largest<float>(z, size);
-  float top = best[0];
-  for (int lane = 1; lane < WIDTH; ++lane) top = larger(top, best[lane]);
-  for (; i < size; ++i) top = larger(top, z[i]);
+    if (sum[lane] != sum[lane]) return largest_one_by_one<float>(z, size);
+  float top = largest_one_by_one<float>(z + i, size - i);
+  for (int lane = 0; lane < WIDTH; ++lane) top = larger(top, best[lane]);
   return top;
 }
 
@@ -67,9 +70,10 @@ T largest_of(const Tile& tile, int64_t p) {
 }
 
 // At most ROW positions, whose scores are made in L1.
-template <class T>
+template <class T, class S>
 double score_positions(const Score& call, const Tile& tile) {
-  Buffer<T> top, sums, wide;
+  Buffer<T> top, sums;
+  Buffer<S> row_buffer;
   const bool interleaved = tile.level->interleaved;
   const int64_t size = tile.p1 - tile.p0;
   for (int64_t i = 0; i < ROW + 16; ++i) {
@@ -77,9 +81,9 @@ double score_positions(const Score& call, const Tile& tile) {
     sums.values[i] = 0;
   }
   each_row(tile, [&](const Row& row) {
-    const T* z = fetch(tile.level->teacher, row, wide);
+    const S* z = fetch(tile.level->teacher, row, row_buffer);
     if (!interleaved) {
-      keep_larger(top.values, sums.values, z, row.size(), z == wide.values ? 0 : 2 * tile.level->teacher.c);
+      keep_larger(top.values, sums.values, z, row.size(), z == row_buffer.values ? 0 : 2 * tile.level->teacher.c);
     } else {
       const int64_t channels = row.c1 - row.c0;
       for (int64_t p = row.p0; p < row.p1; ++p, z += channels) {
@@ -101,12 +105,12 @@ double score_positions(const Score& call, const Tile& tile) {
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-template <class T>
+template <class T, class S>
 double score_tile(const Score& call, const Tile& tile) {
   double sum = 0;
   for (Tile part = tile; part.p0 < tile.p1; part.p0 += ROW) {
     part.p1 = at_most(part.p0 + ROW, tile.p1);
-    sum += score_positions<T>(call, part);
+    sum += score_positions<T, S>(call, part);
   }
   return sum;
 }
@@ -114,7 +118,12 @@ double score_tile(const Score& call, const Tile& tile) {
 }  // namespace
 
 double score_tile(const Score& call, const Tile& tile) {
-  return call.dtype == DType::f64 ? score_tile<double>(call, tile) : score_tile<float>(call, tile);
+  if (call.dtype == DType::f64) return score_tile<double, double>(call, tile);
+  switch (tile.level->teacher.dtype) {
+    case DType::bf16: return score_tile<float, Bf16>(call, tile);
+    case DType::f16: return score_tile<float, F16>(call, tile);
+    default: return score_tile<float, float>(call, tile);
+  }
 }
 
 }  // namespace frs::FRS_ISA

@@ -72,22 +72,6 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
 #endif
   }
 
-  // Past the caches, for what is not read again soon; p is aligned to V. fence() before another thread may read it.
-  static FRS_INLINE void stream(float* p, V v) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX__)
-    _mm256_stream_ps(p, (__m256)v);
-#else
-    *reinterpret_cast<V*>(p) = v;
-#endif
-  }
-  static FRS_INLINE void fence() {
-#if defined(__AVX__)
-    _mm_sfence();
-#endif
-  }
-
   // exp(-a) for a >= 0, within 1.7 ulp. -a = k ln 2 + r with |r| <= ln 2 / 2, and the polynomial is e^r to 2^-28; its
   // terms are paired, not nested, since a step waits for the chain (-10 % of bce's time on a Zen 3, for 0.7 ulp). 2^k
   // is 2^(k + 64) times 2^-64, so that a subnormal result, for a above 87.3, is rounded once and not cut off.
@@ -108,12 +92,18 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
 
 namespace frs::FRS_ISA {
 
-FRS_INLINE F32 bf16_to_f32(U16 v) { return (F32)(__builtin_convertvector(v, U32) << 16); }
-// Round to nearest, ties to even; a NaN keeps its high bits and is made quiet.
+FRS_INLINE F32 bf16_to_f32(U16 v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (F32)((U32)_mm256_cvtepu16_epi32((__m128i)v) << 16);  // GCC 12 widens half by half: five instructions, not two
+#else
+  return (F32)(__builtin_convertvector(v, U32) << 16);
+#endif
+}
+// Round to nearest, ties to even; a NaN becomes one that is quiet.
 FRS_INLINE U16 f32_to_bf16(F32 v) {
-  const U32 bits = (U32)v;
-  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, U16);
+  const U32 bits = (U32)v, nan = (U32)(v != v);
+  const U32 rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) | nan) >> 16;
+  return __builtin_convertvector(rounded, U16);
 }
 
 #if defined(__AVX512F__)
@@ -145,6 +135,80 @@ FRS_INLINE U16 f32_to_f16(F32 v) {
 }
 #endif
 
+// Past the caches, for what is not read again soon; p is aligned to the vector. fence() before another thread may read.
+FRS_INLINE void stream(void* p, F32 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+FRS_INLINE void stream(void* p, U16 v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__AVX__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+FRS_INLINE void fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
+// How numbers lie in memory: as floats, or as 16 bits of one kind or the other.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+template <class S>
+struct Stored;
+template <>
+struct Stored<float> {
+  typedef F32 V;
+  static FRS_INLINE F32 widen(F32 v) { return v; }
+  static FRS_INLINE F32 narrow(F32 v) { return v; }
+};
+template <>
+struct Stored<Bf16> {
+  typedef U16 V;
+  static FRS_INLINE F32 widen(U16 v) { return bf16_to_f32(v); }
+  static FRS_INLINE U16 narrow(F32 v) { return f32_to_bf16(v); }
+};
+template <>
+struct Stored<F16> {
+  typedef U16 V;
+  static FRS_INLINE F32 widen(U16 v) { return f16_to_f32(v); }
+  static FRS_INLINE U16 narrow(F32 v) { return f32_to_f16(v); }
+};
+
+// WIDTH numbers as floats, or `size` of them and then zeros; and back.
+template <class S>
+FRS_INLINE F32 load_wide(const S* p) {
+  return Stored<S>::widen(load<typename Stored<S>::V>(p));
+}
+template <class S>
+FRS_INLINE F32 load_wide(const S* p, int64_t size) {
+  typename Stored<S>::V v = {};
+  memcpy(&v, p, size * sizeof(S));
+  return Stored<S>::widen(v);
+}
+template <class S>
+FRS_INLINE void store_narrow(S* p, F32 v) {
+  store(p, Stored<S>::narrow(v));
+}
+template <class S>
+FRS_INLINE void store_narrow(S* p, F32 v, int64_t size) {
+  const auto narrow = Stored<S>::narrow(v);
+  memcpy(p, &narrow, size * sizeof(S));
+}
+
 // One value, for gathers and the ends of rows.
 FRS_INLINE double one(const void* data, DType dtype, int64_t at) {
   switch (dtype) {
@@ -163,5 +227,21 @@ FRS_INLINE void put(void* data, DType dtype, int64_t at, double v) {
     case DType::f16: static_cast<uint16_t*>(data)[at] = f32_to_f16(F32{static_cast<float>(v)})[0]; return;
   }
 }
+
+// The same for what is kept in S, which the dtype is where S has 16 bits.
+template <class S>
+FRS_INLINE S item(const void* data, DType, int64_t at) {
+  return static_cast<const S*>(data)[at];
+}
+template <>
+FRS_INLINE double item<double>(const void* data, DType dtype, int64_t at) {
+  return one(data, dtype, at);
+}
+template <>
+FRS_INLINE float item<float>(const void* data, DType dtype, int64_t at) {
+  return static_cast<float>(one(data, dtype, at));
+}
+FRS_INLINE void put(void* data, DType, int64_t at, Bf16 v) { static_cast<Bf16*>(data)[at] = v; }
+FRS_INLINE void put(void* data, DType, int64_t at, F16 v) { static_cast<F16*>(data)[at] = v; }
 
 }  // namespace frs::FRS_ISA
