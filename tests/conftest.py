@@ -20,6 +20,8 @@ if not HAS_GPU:
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1]))
 
+import building  # noqa: E402
+
 
 def round_as_a_gpu_does() -> None:
     """Make Triton's interpreter round to nearest even where it narrows to bf16.
@@ -111,3 +113,22 @@ def poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = building.copy(building.CHECKOUT, tmp_path_factory.mktemp("wheel") / "sources")
+    pip = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "dist", ".")
+    building.run(sys.executable, *pip, cwd=sources, FRS_BUILD="cuda" if building.HAS_NVCC else "cpu")
+    (path,) = (sources / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    return building.copy(building.CHECKOUT, tmp_path / "sources")
+
+
+@pytest.fixture
+def compiled_sources(wheel: Path, tmp_path: Path) -> Path:
+    return building.copy(wheel.parents[1], tmp_path / "sources")

@@ -144,6 +144,10 @@ for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last", "
     for cls_loss, grad_mode in (("bce", "forward"), ("kl", "backward")):
         p = pyramid(rng, sizes=sizes, classes=17, dtype=dtype, layout=layout)
         assert_right(p, "cpu", cls_loss=cls_loss, grad_mode=grad_mode)
+for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last")):
+    # Gradients of more than 4 MB, written past the caches; rows begin at every alignment.
+    p = pyramid(rng, sizes=((1, 45, 47),), channels=1003, classes=1003, dtype=dtype, layout=layout)
+    assert_right(p, "cpu")
 print(torch.ops.frs_kernels.instructions())
 """
 

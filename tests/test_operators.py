@@ -137,8 +137,8 @@ SCALABLE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", SCALABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_scale_multiplies_any_gradient_in_place(rng, backend, device, kind, dtype):
-    # 4,099: over two blocks and a tail of 3
-    grads = [SCALABLE[kind](torch.randn(1, 4099, 1, 1, generator=rng).to(device, dtype)) for _ in range(2)]
+    # 65,536: what a thread of the CPU takes at a time; 4,099: over two blocks of a GPU and a tail of 3
+    grads = [SCALABLE[kind](torch.randn(1, 65_536 + 4_099, 1, 1, generator=rng).to(device, dtype)) for _ in range(2)]
     expected = [(g.double() * 0.3).to(dtype) for g in grads]
     VERBS[backend].scale_(grads, torch.tensor(0.3, dtype=torch.float64, device=device))
     for grad, right in zip(grads, expected, strict=True):
