@@ -102,7 +102,7 @@ class Case:
 
 def loss_cases(device: str, quick: bool) -> Iterator[Case]:
     """The grid: every regime at every size in fp32, and at one size every dtype, layout and an upstream scale."""
-    sizes = [(400, 672, 1), (800, 1344, 2), (1344, 2016, 1)]
+    sizes = [(400, 672, 1), (400, 672, 16), (800, 1344, 2), (1344, 2016, 1)]
     if device == "cuda":
         sizes = [(512, 512, 1), (800, 1344, 2), (800, 1344, 8), (800, 1344, 16), (1344, 2016, 2)]
     if quick:
