@@ -20,6 +20,7 @@ from measure import (
     copy_bandwidth,
     graph_seconds,
     interleaved,
+    keep_memory,
     launches,
     peak_extra,
     spread,
@@ -171,6 +172,8 @@ def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
     """Which forms of torch.compile a case is compared with: compiling takes longer than all the rest together."""
     if case.layout != "contiguous" or case.scale != 1 or (device == "cpu" and case.dtype == "fp16"):
         return []
+    if case.memory == "returned":
+        return ["torch.compile"]
     if quick:
         return ["torch.compile"] if case.dtype == "fp32" and case.regime == "gfl" else []
     if case.height > 800 or (device == "cuda" and (case.batch > 2 or case.dtype == "fp16")):
@@ -189,6 +192,8 @@ def run(
     if advance("host time"):
         found["host"] = measure_host(device)
     for case in cases:
+        if case.memory == "kept" and device == "cpu":
+            keep_memory()
         if advance(case.title):
             compiled = compiled_for(case, device, quick)
             found["cases"].append(measure_case(case, device, compiled, seconds, bandwidth_step))

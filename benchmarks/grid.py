@@ -30,7 +30,11 @@ CHANNELS = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs. `scale` is the factor that arrives from upstream: a loss scale, or 1."""
+    """One set of inputs, and where the memory for what is computed comes from.
+
+    `scale` is the factor that arrives from upstream: a loss scale, or 1. `memory`: "kept" by the process for the next
+    step, or "returned" to the system by the C library as it sees fit (`measure.keep_memory`).
+    """
 
     regime: str
     height: int
@@ -42,6 +46,7 @@ class Case:
     channels: int = CHANNELS
     logits: int | None = None  # the regime's, if None
     levels: int = 5
+    memory: str = "kept"
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -74,6 +79,7 @@ class Case:
         parts = [TITLES[self.regime], f"{self.height}×{self.width}", f"batch {self.batch}", self.dtype]
         parts += [] if self.layout == "contiguous" else [self.layout]
         parts += [] if self.scale == 1 else [f"× {self.scale:g}"]
+        parts += [] if self.memory == "kept" else [f"memory {self.memory}"]
         return ", ".join(parts)
 
     def key(self) -> dict[str, Any]:
@@ -101,12 +107,18 @@ class Case:
 
 
 def loss_cases(device: str, quick: bool) -> Iterator[Case]:
-    """The grid: every regime at every size in fp32, and at one size every dtype, layout and an upstream scale."""
+    """The grid: every regime at every size in fp32, and at one size every dtype, layout and an upstream scale.
+
+    First the cases whose memory is returned: once the process keeps it, that cannot be undone.
+    """
     sizes = [(400, 672, 1), (400, 672, 16), (800, 1344, 2), (1344, 2016, 1)]
     if device == "cuda":
         sizes = [(512, 512, 1), (800, 1344, 2), (800, 1344, 8), (800, 1344, 16), (1344, 2016, 2)]
     if quick:
         sizes = [(256, 320, 1)]
+    elif device == "cpu":
+        for size in ((400, 672, 1), (800, 1344, 2)):
+            yield from (Case(regime, *size, memory="returned") for regime in STRIDES)
     main = sizes[0] if device != "cuda" else sizes[min(1, len(sizes) - 1)]
     for regime in STRIDES:
         for size in sizes:

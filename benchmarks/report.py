@@ -161,10 +161,11 @@ def _style() -> Any:
     return pyplot
 
 
-def plain(record: dict[str, Any]) -> list[dict[str, Any]]:
+def plain(record: dict[str, Any], memory: str = "kept") -> list[dict[str, Any]]:
     """The cases of the main grid: fp32, contiguous, no upstream scale."""
-    return [c for c in record["cases"] if (c["case"]["dtype"], c["case"]["layout"], c["case"]["scale"]) ==
-            ("fp32", "contiguous", 1.0)]  # fmt: skip
+    usual = ("fp32", "contiguous", 1.0, memory)
+    cases = ((Case(**measured["case"]), measured) for measured in record["cases"])
+    return [measured for case, measured in cases if (case.dtype, case.layout, case.scale, case.memory) == usual]
 
 
 def _roofline(record: dict[str, Any], path: Path) -> None:

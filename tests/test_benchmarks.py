@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +23,7 @@ import compare
 import measure
 import report
 from bench_loss import Truth, compiled_for, implementations, measure_case
+from environment import python_environment
 from grid import Case, loss_cases
 from measure import interleaved, peak_extra, spread
 from rich.console import Console
@@ -61,6 +65,8 @@ def test_the_grid_has_all_that_is_promised():
         assert {c.dtype for c in cases} == {"fp32", "bf16", "fp16"}
         assert {c.layout for c in cases} == {"contiguous", "channels_last"}
         assert any(c.scale != 1 and c.dtype == "fp16" for c in cases)
+        assert {c.memory for c in cases} == ({"kept", "returned"} if device == "cpu" else {"kept"})
+        assert sorted(cases, key=lambda c: c.memory == "kept") == cases  # returned first
         assert {name for c in cases for name in compiled_for(c, device, False)} == set(bench_loss.COMPILED)
 
 
@@ -123,6 +129,27 @@ def test_peak_memory_is_measured():
 
     assert 0.9 * size < peak_extra(call, "cpu") < 1.3 * size
     assert peak_extra(lambda: None, "cpu") < 4 << 20
+
+
+KEPT = """
+import sys, torch, measure
+sizes = []
+for keep in (False, True):
+    if keep:
+        measure.keep_memory()
+    torch.ones(32 << 20)
+    sizes.append(measure._kilobytes("VmRSS"))
+print(*sizes)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept_when_told_so():
+    environment = python_environment()
+    environment["PYTHONPATH"] += f"{os.pathsep}{BENCHMARKS}"
+    done = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after - before > 120 << 10  # KB: 128 MB were taken and given back in both
 
 
 def test_differences_beyond_the_spread():

@@ -193,7 +193,7 @@ def targets() -> list[str]:
         if record["kind"] != "cpu":
             continue
         body = []
-        for measured in report.plain(record):
+        for measured in [*report.plain(record), *report.plain(record, "returned")]:
             timed = {n: r["step"][0] for n, r in measured["implementations"].items() if "step" in r}
             if not any(name.startswith("torch.compile") for name in timed):
                 continue
