@@ -4,8 +4,8 @@
 
 A and B are loss.json files, folders that hold one, or git revisions. A revision is checked out into a temporary folder,
 its libraries are built there, and the benchmarks of this checkout are run with --quick against both in turn, several
-times: between two runs of one revision lies more than between the rounds of one run, 10 % here. A difference counts
-where the quartiles of the two do not overlap; exits 1 if something of B is slower by that.
+times, since two runs of one revision differ by more than the rounds of one do. A difference counts where the quartiles
+of the two do not overlap; exits 1 if something of B is slower by that.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def _ratios(record: dict[str, Any], path: Path) -> None:
     """Time of each rival over that of the backend that `auto` takes."""
     pyplot = _style()
     cases = plain(record)
-    figure, axes = pyplot.subplots(figsize=(7.5, 3.2))
+    figure, axes = pyplot.subplots(figsize=(max(7.5, 0.95 * len(cases)), 3.2))
     width = 0.8 / len(RIVALS)
     for column, rival in enumerate(RIVALS):
         heights, places = [], []
