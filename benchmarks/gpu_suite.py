@@ -1,13 +1,16 @@
 """Everything that a machine with an NVIDIA GPU is needed for, in one call with a time limit.
 
-    python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench] [--limit SECONDS] [--dry-run]
+    python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench profile] [--limit SECONDS] [--dry-run]
 
 Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis, rich and matplotlib, and no network:
-the package is built in the checkout and runs from it. Writes a log a part, suite.json and the benchmarks' result files
-to the folder OUT. A part that the time limit cuts off is reported as such, and what it had written stays; the
-benchmarks begin no case that they are not likely to end. With --dry-run, on a machine without a GPU, each part
-goes through what can be gone through there: the build, the collection of the tests marked `gpu`, and the benchmark on
-the CPU.
+the package is built in the checkout and runs from it. pytest-xdist, where it is there, lets several processes wait for
+Triton's compiler at once. Writes suite.log, suite.json and the benchmarks' result files to the folder OUT.
+
+No part takes more than its share of the time where others are to come; one that is cut off is reported as such, and
+what it had written stays. The benchmarks begin no case that they are not likely to end. `profile`, only on demand, has
+ncu count what each kernel of a step moves and waits for. With --dry-run, on a machine without a GPU, each part goes
+through what can be gone through there: the build, the collection of the tests marked `gpu`, and the benchmark on the
+CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +45,53 @@ torch.cuda.synchronize()
 """
 
 
-def command_of(part: str, out: Path, seconds: float, dry_run: bool) -> list[list[str]]:
+# One step of each regime in each dtype that the targets name, after one that compiles what it needs.
+PROFILED_STEP = """
+import sys, torch, frs_kernels
+sys.path.append("benchmarks")
+from grid import Case
+for regime in ("retinanet", "gfl", "faster_rcnn"):
+    for dtype in ("fp32", "bf16"):
+        case = Case(regime, 800, 1344, 2, dtype)
+        inputs = case.inputs("cuda")
+        for backend in ("cuda", "triton"):
+            for step in ("warm-up", "profiled"):
+                loss = frs_kernels.fsr_loss(*inputs, backend=backend, **case.weights)
+                torch.cuda.synchronize()
+                if step == "profiled":
+                    torch.cuda.profiler.start()
+                    frs_kernels.fsr_loss(*inputs, backend=backend, **case.weights)
+                    torch.cuda.synchronize()
+                    torch.cuda.profiler.stop()
+"""
+METRICS = (
+    "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed.avg.per_cycle_active", "launch__registers_per_thread",
+)  # fmt: skip
+SHARE = {"tests": 0.5, "sanitizer": 0.4}
+"""Of the time that is left, where other parts are to come."""
+
+
+def commands_of(part: str, out: Path, seconds: float, dry_run: bool) -> list[list[str]]:
     """The commands of a part, which has this much time."""
     python = sys.executable
     if part == "build":
         return [[python, "setup.py", "--quiet", "build_ext", "--inplace"]]
     if part == "tests":
-        report = f"--junitxml={out / 'tests.xml'}"
-        only = ["--collect-only", "-q"] if dry_run else ["-q", report]
-        return [[python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *only, "tests"]]
-    if part == "sanitizer":
+        pytest = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "tests"]
         if dry_run:
-            return []
-        checks = ("memcheck", "racecheck", "initcheck", "synccheck")
+            return [[*pytest, "--collect-only"]]
+        processes = ["-n", "8", "--dist", "worksteal"] if find_spec("xdist") else []
+        # A level of 2^31 elements takes 17 GB: one test of it at a time.
+        large = "2_to_the_31"
+        return [[*pytest, *processes, "--durations=10", "-k", f"not {large}"], [*pytest, "-k", large]]
+    if part == "sanitizer":
+        checks = () if dry_run else ("memcheck", "racecheck", "initcheck", "synccheck")
         return [["compute-sanitizer", "--tool", c, "--error-exitcode", "1", python, "-c", SMALL_STEP] for c in checks]
+    if part == "profile":
+        ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
+        return [] if dry_run else [[*ncu, python, "-c", PROFILED_STEP]]
     quick = ["--quick"] if dry_run else []
     limit = ["--limit", str(max(1, int(seconds - 45)))]
     return [[python, "benchmarks/run.py", *quick, *limit, "--out", str(out / "bench")]]
@@ -68,7 +105,7 @@ def run(command: list[str], log: Path, seconds: float) -> str:
     if command[0] == "compute-sanitizer":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees each tensor's own bounds
     with log.open("a") as file:
-        print("$", *command[:6], file=file, flush=True)
+        print("$", *(word for word in command if "\n" not in word), file=file, flush=True)
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
@@ -81,7 +118,8 @@ def run(command: list[str], log: Path, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for logs and results")
-    parser.add_argument("--parts", nargs="+", default=["build", "tests", "sanitizer", "bench"])
+    parts = ("build", "tests", "sanitizer", "bench", "profile")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts[:-1]))
     parser.add_argument("--limit", type=float, default=460, help="seconds in all")
     parser.add_argument("--dry-run", action="store_true", help="go through what needs no GPU")
     options = parser.parse_args()
@@ -97,11 +135,13 @@ def main() -> int:
         "commit": commit.stdout.strip() or "unknown",
         "parts": {},
     }
-    for part in options.parts:
+    for number, part in enumerate(options.parts, 1):
         start = time.monotonic()
+        share = SHARE.get(part, 1.0) if number < len(options.parts) else 1.0
+        until = start + share * (end - start)
         outcomes = [
-            run(command, out / f"{part}.log", max(1.0, end - time.monotonic()))
-            for command in command_of(part, out, end - time.monotonic(), options.dry_run)
+            run(command, out / "suite.log", max(1.0, until - time.monotonic()))
+            for command in commands_of(part, out, until - start, options.dry_run)
         ]
         results["parts"][part] = {"outcomes": outcomes, "seconds": round(time.monotonic() - start, 1)}
         print(part, results["parts"][part], flush=True)

@@ -40,6 +40,11 @@ def best_of_ours(implementations: dict[str, Any]) -> str | None:
     return None
 
 
+def by_regime(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases, one regime after another; they were measured in another order."""
+    return sorted(record["cases"], key=lambda measured: list(TITLES).index(measured["case"]["regime"]))
+
+
 def wrong_of_ours(folder: Path) -> list[str]:
     """What of ours was found wrong; a speed-up is not reported beside it."""
     cases = (read(folder, "loss") or {"cases": []})["cases"]
@@ -54,7 +59,7 @@ def wrong_of_ours(folder: Path) -> list[str]:
 def rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
     """(case, implementation, cells) of a loss.json, in the order of COLUMNS."""
     found = []
-    for measured in record["cases"]:
+    for measured in by_regime(record):
         case, implementations = Case(**measured["case"]), measured["implementations"]
         timed = {name: r["step"][0] for name, r in implementations.items() if "step" in r}
         fused = [timed[name] for name in timed if name.startswith("torch.compile")]
@@ -164,7 +169,7 @@ def _style() -> Any:
 def plain(record: dict[str, Any], memory: str = "kept") -> list[dict[str, Any]]:
     """The cases of the main grid: fp32, contiguous, no upstream scale."""
     usual = ("fp32", "contiguous", 1.0, memory)
-    cases = ((Case(**measured["case"]), measured) for measured in record["cases"])
+    cases = ((Case(**measured["case"]), measured) for measured in by_regime(record))
     return [measured for case, measured in cases if (case.dtype, case.layout, case.scale, case.memory) == usual]
 
 

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_loss
 import compare
+import gpu_suite
 import measure
 import report
 from bench_loss import Truth, compiled_for, implementations, measure_case
@@ -191,3 +192,54 @@ def test_tables_and_plots_of_the_committed_results(tmp_path):
         report.show(Console(quiet=True), tmp_path)
         report.plot(tmp_path)
         assert {path.name for path in tmp_path.glob("*.png")} == {"roofline.png", "ratios.png", "scaling.png"}
+
+
+class TestGpuSuite:
+    def test_how_a_command_ended(self, tmp_path):
+        log = tmp_path / "log"
+        python = [sys.executable, "-c"]
+        assert gpu_suite.run([*python, "pass"], log, 60) == "passed"
+        assert gpu_suite.run([*python, "raise SystemExit(3)"], log, 60) == "failed"
+        assert gpu_suite.run(["no-such-program"], log, 60) == "absent"
+        slow = "import time; print('said before', flush=True); time.sleep(60)"
+        assert gpu_suite.run([*python, slow], log, 5) == "cut off"
+        assert "said before" in log.read_text().splitlines()
+
+    def test_no_part_takes_the_time_of_those_to_come(self, tmp_path, monkeypatch):
+        given = {}
+        monkeypatch.setattr(
+            gpu_suite, "commands_of", lambda part, out, seconds, dry: given.update({part: seconds}) or []
+        )
+        arguments = [
+            "gpu_suite.py",
+            str(tmp_path),
+            "--dry-run",
+            "--limit",
+            "100",
+            "--parts",
+            "tests",
+            "sanitizer",
+            "bench",
+        ]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert gpu_suite.main() == 0
+        assert {part: round(seconds) for part, seconds in given.items()} == {"tests": 50, "sanitizer": 40, "bench": 100}
+        assert set(json.loads((tmp_path / "suite.json").read_text())["parts"]) == set(given)
+
+    def test_the_tests_marked_gpu_run_once_each(self, tmp_path):
+        """Those of a huge level apart from the rest."""
+        first, second = (
+            command[command.index("-k") + 1] for command in gpu_suite.commands_of("tests", tmp_path, 9, False)
+        )
+        assert first == f"not {second}"
+        assert second in (Path(__file__).parent / "test_gpu.py").read_text()
+
+    def test_the_programs_under_the_tools_run(self, monkeypatch):
+        """Here on the CPU, small."""
+        for name in ("synchronize", "profiler.start", "profiler.stop"):
+            monkeypatch.setattr(f"torch.cuda.{name}", lambda: None)
+        here = (('"cuda", "triton"', '"cpu", "torch"'), ('"cuda"', '"cpu"'), ("800, 1344, 2", "64, 64, 1"))
+        for program in (gpu_suite.SMALL_STEP, gpu_suite.PROFILED_STEP):
+            for old, new in here:
+                program = program.replace(old, new)
+            exec(program, {})
