@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +163,20 @@ def test_every_instruction_set_is_right(rng, isa):
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [isa]
+
+
+@needs_cpu
+@pytest.mark.skipif(sys.platform == "win32", reason="no mprotect")
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_no_tensor_is_read_beyond_its_ends(rng, isa):
+    if not cpu_has(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    command = [sys.executable, str(Path(__file__).parent / "fenced.py"), str(rng.initial_seed())]
+    environment = python_environment(FRS_CPU=isa)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [isa]
+    assert subprocess.run([*command, "beyond"], capture_output=True, env=environment).returncode == -signal.SIGSEGV
 
 
 FLUSHED = """
