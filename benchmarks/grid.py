@@ -109,8 +109,8 @@ class Case:
 def loss_cases(device: str, quick: bool) -> Iterator[Case]:
     """The grid: every regime at every size in fp32, and at one size every dtype, layout and an upstream scale.
 
-    On a GPU every dtype at every size, the sizes that matter most first: time may run out. On the CPU first the cases
-    whose memory is returned: once the process keeps it, that cannot be undone.
+    On a GPU every dtype at every size, the sizes that matter most first: time may run out. On the CPU two sizes also
+    with memory returned.
     """
     sizes = [(400, 672, 1), (400, 672, 16), (800, 1344, 2), (1344, 2016, 1)]
     if device == "cuda":

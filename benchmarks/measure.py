@@ -78,8 +78,9 @@ def keep_memory() -> None:
     """Have the C library keep freed memory for the next step, as torch's allocator on a GPU does, and jemalloc.
 
     glibc gives large blocks and the end of its heap back to the system, and gets them zeroed, page by page, in the next
-    step. What is large depends on what ran before: Faster R-CNN at 400x672 in the authors' form takes 40 ms in a fresh
-    process and 15 in one that has seen larger images; ours 3.0 and 2.6 (AMD EPYC, 2 cores). Cannot be undone.
+    step. What is large depends on what was freed before: with three implementations in one process, Faster R-CNN at
+    400x672 in the authors' form took 40 ms in a fresh one and 15 in one that had seen larger images (AMD EPYC, 2
+    cores). Cannot be undone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
