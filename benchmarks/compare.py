@@ -5,13 +5,14 @@
 A and B are loss.json files, folders that hold one, or git revisions. A revision is checked out into a temporary folder,
 its libraries are built there, and the benchmarks of this checkout are run with --quick against both in turn, several
 times, since two runs of one revision differ by more than the rounds of one do. A difference counts where the quartiles
-of the two do not overlap; exits 1 if something of B is slower by that.
+of the two do not overlap; exits 1 if something of B is slower by that, or wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+WRONG = (math.nan, math.nan, math.nan)
 Timings = dict[tuple[str, str], tuple[float, float, float]]  # (case, implementation): median, lower, upper quartile
 
 
 def timings(record: dict[str, Any]) -> Timings:
     return {
-        (Case(**measured["case"]).title, name): tuple(result["step"])
+        (Case(**measured["case"]).title, name): tuple(result.get("step", WRONG))
         for measured in record["cases"]
         for name, result in measured["implementations"].items()
-        if "step" in result
     }
 
 
@@ -43,12 +44,17 @@ def merge(runs: list[Timings]) -> Timings:
     found: Timings = {}
     for key in (key for key in runs[0] if all(key in run for run in runs)):
         medians, lows, highs = zip(*(run[key] for run in runs), strict=True)
-        found[key] = sorted(medians)[len(medians) // 2], min(lows), max(highs)
+        wrong = any(map(math.isnan, medians))
+        found[key] = WRONG if wrong else (sorted(medians)[len(medians) // 2], min(lows), max(highs))
     return found
 
 
 def verdict(a: tuple[float, float, float], b: tuple[float, float, float]) -> str:
-    """What can be said of B against A."""
+    """What can be said of B against A; a wrong result has no time."""
+    if math.isnan(b[0]):
+        return "wrong"
+    if math.isnan(a[0]):
+        return "was wrong"
     if b[2] < a[1]:
         return "faster"
     if b[1] > a[2]:
@@ -62,6 +68,7 @@ def rows(a: Timings, b: Timings, everything: bool) -> list[tuple[str, str, float
         (case, name, 1e3 * a[case, name][0], 1e3 * b[case, name][0], verdict(a[case, name], b[case, name]))
         for case, name in a
         if (case, name) in b and (everything or name.startswith(OURS))
+        if not math.isnan(a[case, name][0]) or not math.isnan(b[case, name][0])
     ]
 
 
@@ -92,7 +99,11 @@ def revisions(names: list[str], repeats: int, console: Console) -> list[Timings]
                     out = tree / "compare"
                     command = [sys.executable, "benchmarks/run.py", "--quick", "--parts", "loss", "--out", out]
                     environment = os.environ | {"PYTHONPATH": str(tree)}
-                    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+                    ran = subprocess.run(
+                        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True
+                    )
+                    if not list(out.glob("*/loss.json")):
+                        raise SystemExit(f"{name} could not be measured:\n{ran.stdout[-2000:]}{ran.stderr[-4000:]}")
                     found.append(load(next(out.glob("*/loss.json"))))
             return [merge(found) for found in runs]
         finally:
@@ -121,13 +132,13 @@ def main() -> int:
     if not found:
         parser.error("the two have no case in common")
     table = Table("case", "implementation", "A, ms", "B, ms", "B / A", "", title=f"A: {names[0]}   B: {names[1]}")
-    colours = {"faster": "[green]", "slower": "[red]"}
+    colours = {"faster": "[green]", "slower": "[red]", "wrong": "[red]"}
     for case, name, first, second, word in found:
         table.add_row(
             case, name, f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}", f"{colours.get(word, '')}{word}"
         )
     console.print(table)
-    return 1 if any(row[-1] == "slower" and row[1].startswith(OURS) for row in found) else 0
+    return 1 if any(row[-1] in ("slower", "wrong") and row[1].startswith(OURS) for row in found) else 0
 
 
 if __name__ == "__main__":

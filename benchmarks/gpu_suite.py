@@ -6,11 +6,11 @@ Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesi
 the package is built in the checkout and runs from it. pytest-xdist, where it is there, lets several processes wait for
 Triton's compiler at once. Writes suite.log, suite.json and the benchmarks' result files to the folder OUT.
 
-No part takes more than its share of the time where others are to come; one that is cut off is reported as such, and
-what it had written stays. The benchmarks begin no case that they are not likely to end. `profile`, only on demand, has
-ncu count what each kernel of a step moves and waits for. With --dry-run, on a machine without a GPU, each part goes
-through what can be gone through there: the build, the collection of the tests marked `gpu`, and the benchmark on the
-CPU.
+Where other parts are to come, tests and sanitizer take no more than their share of the time; a part that is cut off is
+reported as such, and what it had written stays. The benchmarks begin no case that they are not likely to end.
+`profile`, only on demand, has ncu count what each kernel of a step moves and waits for. With --dry-run, on a machine
+without a GPU, each part goes through what can be gone through there: the build, the collection of the tests marked
+`gpu`, and the benchmark on the CPU.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ torch.cuda.synchronize()
 """
 
 
-# One step of each regime in each dtype that the targets name, after one that compiles what it needs.
+# One step of each regime in each dtype, with a factor from upstream, after one that compiles what it needs.
 PROFILED_STEP = """
 import sys, torch, frs_kernels
 sys.path.append("benchmarks")
 from grid import Case
 for regime in ("retinanet", "gfl", "faster_rcnn"):
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "fp16"):
         case = Case(regime, 800, 1344, 2, dtype)
         inputs = case.inputs("cuda")
         for backend in ("cuda", "triton"):
-            for step in ("warm-up", "profiled"):
+            def step():
                 loss = frs_kernels.fsr_loss(*inputs, backend=backend, **case.weights)
+                torch.autograd.grad(3 * loss, [*inputs[0], *inputs[2]])
                 torch.cuda.synchronize()
-                if step == "profiled":
-                    torch.cuda.profiler.start()
-                    frs_kernels.fsr_loss(*inputs, backend=backend, **case.weights)
-                    torch.cuda.synchronize()
-                    torch.cuda.profiler.stop()
+            step()
+            torch.cuda.profiler.start()
+            step()
+            torch.cuda.profiler.stop()
 """
 METRICS = (
     "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",

@@ -5,8 +5,8 @@ python benchmarks/report.py FOLDER        shows a folder of results and plots it
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,11 @@ def _scaling(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    if not any(folder.glob("*.json")):
+        parser.error(f"{folder} holds no results")
     show(Console(width=130), folder)
     plot(folder)
 

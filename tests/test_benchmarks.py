@@ -162,22 +162,28 @@ def test_differences_beyond_the_spread():
     assert compare.verdict((1.0, 0.9, 1.1), (1.3, 1.2, 1.4)) == "slower"
     assert compare.verdict((1.3, 1.2, 1.4), (1.0, 0.9, 1.1)) == "faster"
     assert compare.verdict((1.0, 0.9, 1.1), (1.1, 1.0, 1.2)) == "within the spread"
+    assert compare.verdict((1.0, 0.9, 1.1), compare.WRONG) == "wrong"
+    assert compare.merge([{("case", "a"): (1.0, 0.9, 1.1)}, {("case", "a"): compare.WRONG}]) == {
+        ("case", "a"): compare.WRONG
+    }
     runs = [{("case", "a"): (1.0, 0.9, 1.1)}, {("case", "a"): (3.0, 2.9, 3.1), ("case", "b"): (1.0, 1.0, 1.0)},
             {("case", "a"): (2.0, 1.9, 2.1)}]  # fmt: skip
     assert compare.merge(runs) == {("case", "a"): (2.0, 0.9, 3.1)}
 
 
 def test_two_files_are_compared(tmp_path, monkeypatch, capsys):
-    def file(name: str, ours: float, rival: float) -> str:
+    def file(name: str, ours: float | None, rival: float) -> str:
         implementations = {
-            n: {"step": [v, 0.99 * v, 1.01 * v]} for n, v in (("frs_kernels cpu", ours), ("logits form", rival))
+            n: {"step": [v, 0.99 * v, 1.01 * v]} if v else {"wrong": "loss off"}
+            for n, v in (("frs_kernels cpu", ours), ("logits form", rival))
         }
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps({"cases": [{"case": TINY.key(), "implementations": implementations}]}))
         return str(path)
 
     a, slower, same = file("a", 1.0, 1.0), file("slower", 1.2, 1.0), file("same", 1.01, 5.0)
-    for other, code, word in ((slower, 1, "slower"), (same, 0, "within the spread")):
+    wrong = file("wrong", None, 1.0)
+    for other, code, word in ((slower, 1, "slower"), (same, 0, "within the spread"), (wrong, 1, "wrong")):
         monkeypatch.setattr(sys, "argv", ["compare.py", a, other])
         assert compare.main() == code
         shown = capsys.readouterr().out
