@@ -21,7 +21,6 @@ from measure import (
     copy_bandwidth,
     graph_seconds,
     interleaved,
-    keep_memory,
     launches,
     peak_extra,
     spread,
@@ -198,8 +197,6 @@ def run(
 ) -> None:
     """Saves this benchmark's part of the result file after each case; begins none that `advance` says is too late."""
     bandwidth_step = copy_bandwidth(device, 64 if quick else 256)
-    if device == "cpu":
-        keep_memory()
     seconds = 0.5 if quick else 3.0
     found: dict[str, Any] = {"cases": [], "host": {}}
     if advance("host time"):

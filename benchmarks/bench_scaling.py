@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from forms import logits_form
 from grid import Case
-from measure import Loss, Step, copies_of, interleaved, keep_memory, spread
+from measure import Loss, Step, copies_of, interleaved, spread
 
 import frs_kernels
 
@@ -90,8 +90,6 @@ def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable
     """Saves this benchmark's part of the result file after each sweep; begins none that `advance` says is too late."""
     seconds = 0.5 if quick else 6.0
     found: dict[str, Any] = {"sweeps": {}}
-    if device == "cpu":
-        keep_memory()
     for name, points in sweeps(device, quick).items():
         if advance(f"cost against {name}"):
             found["sweeps"][name] = measure_sweep(points, device, seconds)

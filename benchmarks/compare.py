@@ -96,15 +96,16 @@ def revisions(names: list[str], repeats: int, console: Console) -> list[Timings]
                 turn = list(zip(names, trees, runs, strict=True))
                 for name, tree, found in turn[:: 1 if repeat % 2 == 0 else -1]:  # none is always the first
                     console.print(f"measuring {name}, {repeat + 1} of {repeats}")
-                    out = tree / "compare"
+                    out = tree / f"compare-{repeat}"
                     command = [sys.executable, "benchmarks/run.py", "--quick", "--parts", "loss", "--out", out]
                     environment = os.environ | {"PYTHONPATH": str(tree)}
                     ran = subprocess.run(
                         command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True
                     )
-                    if not list(out.glob("*/loss.json")):
+                    result = next(out.glob("*/loss.json"), None)
+                    if result is None:
                         raise SystemExit(f"{name} could not be measured:\n{ran.stdout[-2000:]}{ran.stderr[-4000:]}")
-                    found.append(load(next(out.glob("*/loss.json"))))
+                    found.append(load(result))
             return [merge(found) for found in runs]
         finally:
             for tree in trees:

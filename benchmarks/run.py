@@ -27,6 +27,7 @@ import report
 import torch
 import torch._inductor.config as inductor
 from grid import loss_cases
+from measure import keep_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -76,6 +77,8 @@ def main() -> int:
     options = parser.parse_args()
     end = time.monotonic() + options.limit
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_memory()
     inductor.force_disable_caches = True  # so that the time to the first result is that of compiling
     console = Console(width=None if sys.stdout.isatty() else 130)
     folder = folder_of(options.out, device)

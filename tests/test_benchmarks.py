@@ -138,7 +138,7 @@ def test_peak_memory_is_measured():
 
 
 KEPT = """
-import sys, torch, measure
+import torch, measure
 sizes = []
 for keep in (False, True):
     if keep:
@@ -221,18 +221,8 @@ class TestGpuSuite:
         monkeypatch.setattr(
             gpu_suite, "commands_of", lambda part, out, seconds, dry: given.update({part: seconds}) or []
         )
-        arguments = [
-            "gpu_suite.py",
-            str(tmp_path),
-            "--dry-run",
-            "--limit",
-            "100",
-            "--parts",
-            "tests",
-            "sanitizer",
-            "bench",
-        ]
-        monkeypatch.setattr(sys, "argv", arguments)
+        options = "--dry-run --limit 100 --parts tests sanitizer bench"
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", str(tmp_path), *options.split()])
         assert gpu_suite.main() == 0
         assert {part: round(seconds) for part, seconds in given.items()} == {"tests": 50, "sanitizer": 40, "bench": 100}
         assert set(json.loads((tmp_path / "suite.json").read_text())["parts"]) == set(given)
