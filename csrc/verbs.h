@@ -1,8 +1,10 @@
 // What ops.cpp hands to a backend: plain structs, checked and allocated, and the three verbs that take them.
 //
 //     score     S_p = max_k sigmoid(z_pk),  M_l = sum_p S_p
-//     imitate   loss_l = sum_p share_p sum_c value(x_pc, z_pc),  share_p = S_p / norm_l  (0 where norm_l is 0)
-//               gradient = weight * factor * share_p * slope(x_pc, z_pc)
+//     imitate   value_e  = sum_p share_p sum_c value(x_pc, z_pc)   of an entry, share_p = scale S_p / (norm_l + eps)
+//               value_t  = the sum of its entries' values           of a term
+//               total    = sum_t weight_t factor_t value_t
+//               gradient = weight_t factor_t share_p slope(x_pc, z_pc)
 //     scale_    gradient *= factor
 #pragma once
 
@@ -39,20 +41,33 @@ struct Score {
   void* mass;    // one a level
 };
 
-struct Imitate {
-  const Level* levels;
-  int64_t count;
-  DType dtype;        // what is computed in, and of total and per_level: f32 or f64
-  DType score_dtype;  // of scores and norm: f32 or f64
-  const void* scores;
-  const void* norm;
+// What the entries of a term have in common.
+struct Term {
+  Loss loss;
+  double weight;
   const void* factor;  // a number on the device, or null for 1
   DType factor_dtype;
-  double weight, temperature;
-  Loss loss;
-  bool want_grad;
-  void* total;      // null where the loss is not wanted
-  void* per_level;  // one a level
+  double temperature;  // 1 where the loss takes no logits
+  double beta;
+};
+
+// A student's tensor and its teacher.
+struct Entry : Level {
+  int64_t level, term;
+  double scale, eps;
+};
+
+struct Imitate {
+  const Entry* entries;
+  int64_t count;
+  const Term* terms;
+  int64_t term_count;
+  DType dtype;        // what is computed in, and of total and values: f32 or f64
+  DType score_dtype;  // of scores and norm: f32 or f64
+  const void* scores;
+  const void* norm;  // one a level
+  void* total;       // null where the losses are not wanted
+  void* values;      // one a term, then one an entry
 };
 
 struct Run {  // a dense tensor as a flat run of numbers
@@ -69,11 +84,14 @@ struct Scale {
 };
 
 // A backend implements these. `workspace` has as many bytes as the verb's *_workspace says, aligned to 16; `stream` is
-// the device's queue, unused on a CPU.
+// the device's queue, unused on a CPU. distill is score, then imitate with its scores and its mass as the norm, in one
+// workspace.
 int64_t score_workspace(const Score&);
 int64_t imitate_workspace(const Imitate&);
+int64_t distill_workspace(const Score&, const Imitate&);
 void score(const Score&, void* workspace, void* stream);
 void imitate(const Imitate&, void* workspace, void* stream);
+void distill(const Score&, const Imitate&, void* workspace, void* stream);
 void scale(const Scale&, void* stream);
 
 }  // namespace frs

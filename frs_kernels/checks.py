@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LOSSES = ("mse", "bce", "kl")
-CLS_LOSSES = ("bce", "kl")
 NORMALIZERS = ("mass", "mass_channels")
 GRAD_MODES = ("auto", "forward", "backward")
+
+ADAPT = "bring the student's to the teacher's with frs_kernels.FeatureAdapter"
+CLASSES = "both heads must have the same anchors and classes"
 
 
 def check_option(name: str, value: object, valid: Sequence[str]) -> None:
@@ -74,6 +75,45 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
             raise ValueError(f"{name}[{level}] has no channels, shape {tuple(shape)}")
         if x.device != levels[0].device:
             raise ValueError(f"{name}[{level}] is on {x.device}, {name}[0] on {levels[0].device}; one device is needed")
+
+
+def check_given(student_feats: Any, teacher_feats: Any, student_logits: Any, teacher_logits: Any, mask: Any) -> None:
+    """Which of the lists of `fsr_loss` are there."""
+    if student_feats is None and student_logits is None:
+        raise ValueError("nothing to imitate: give student_feats with teacher_feats, or student_logits, or both")
+    if (student_feats is None) != (teacher_feats is None):
+        missing = "student_feats" if student_feats is None else "teacher_feats"
+        raise ValueError(f"{missing} is missing: give both student_feats and teacher_feats, or None for both")
+    if teacher_logits is None and (mask is None or student_logits is not None):
+        raise ValueError("teacher_logits is missing: it makes the mask (or give mask=) and is what cls imitates")
+
+
+def check_pyramid(student_feats: Any, teacher_feats: Any, student_logits: Any, teacher_logits: Any, mask: Any) -> None:
+    """The lists of `fsr_loss` that are there."""
+    if student_feats is not None:
+        check_levels("student_feats", student_feats)
+        check_levels("teacher_feats", teacher_feats)
+        check_pair("student_feats", student_feats, "teacher_feats", teacher_feats, ADAPT)
+    if teacher_logits is not None:
+        check_levels("teacher_logits", teacher_logits)
+        if student_feats is not None:
+            check_positions("teacher_feats", teacher_feats, "teacher_logits", teacher_logits)
+    if student_logits is not None:
+        check_levels("student_logits", student_logits)
+        check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, CLASSES)
+    if mask is not None:
+        check_levels("mask", mask, dims=3)
+        name, like = ("teacher_logits", teacher_logits) if student_feats is None else ("teacher_feats", teacher_feats)
+        check_positions("mask", mask, name, like)
+
+
+def check_imitation(student: Any, teacher: Any, mask: Any, *, takes_logits: bool) -> None:
+    """The tensors of `masked_imitation_loss`."""
+    check_levels("student", student)
+    check_levels("teacher", teacher)
+    check_pair("student", student, "teacher", teacher, CLASSES if takes_logits else ADAPT)
+    check_levels("mask", mask, dims=3)
+    check_positions("mask", mask, "teacher", teacher)
 
 
 def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor], hint: str) -> None:

@@ -1,25 +1,27 @@
-"""The public functions: checks, the choice of a backend, and the three verbs in order."""
+"""The public functions: the verbs in order, and the checks where one of them refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from frs_kernels import backends, checks
+from frs_kernels import backends, checks, native
+from frs_kernels.autograd import Call, imitation
 from frs_kernels.levels import accumulate_dtype, split_levels
-from frs_kernels.ops import VERBS, Plan, Term, imitation
+from frs_kernels.losses import LOSSES
+from frs_kernels.ops import VERBS
+from frs_kernels.options import Options, Table, Weight, make_table, make_table_once
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from frs_kernels.options import Keywords
 
 Levels = Sequence[Tensor]
-Weight = float | Tensor
-
-_ADAPT = "bring the student's to the teacher's with frs_kernels.FeatureAdapter"
-_CLASSES = "both heads must have the same anchors and classes"
 
 
 class FSRTerms(NamedTuple):
@@ -51,18 +53,9 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    feat_weight: Weight = ...,
-    cls_weight: Weight = ...,
-    cls_loss: str = ...,
-    temperature: float = ...,
-    normalizer: str = ...,
-    eps: float = ...,
-    level_weights: Sequence[float] | None = ...,
     mask: Levels | None = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_mode: str = ...,
-    backend: str = ...,
     return_terms: Literal[False] = ...,
+    **options: Unpack[Keywords],
 ) -> Tensor: ...
 
 
@@ -73,18 +66,9 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    feat_weight: Weight = ...,
-    cls_weight: Weight = ...,
-    cls_loss: str = ...,
-    temperature: float = ...,
-    normalizer: str = ...,
-    eps: float = ...,
-    level_weights: Sequence[float] | None = ...,
     mask: Levels | None = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_mode: str = ...,
-    backend: str = ...,
     return_terms: Literal[True],
+    **options: Unpack[Keywords],
 ) -> FSRTerms: ...
 
 
@@ -95,18 +79,9 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    feat_weight: Weight = ...,
-    cls_weight: Weight = ...,
-    cls_loss: str = ...,
-    temperature: float = ...,
-    normalizer: str = ...,
-    eps: float = ...,
-    level_weights: Sequence[float] | None = ...,
     mask: Levels | None = ...,
-    process_group: ProcessGroup | None = ...,
-    grad_mode: str = ...,
-    backend: str = ...,
     return_terms: bool,
+    **options: Unpack[Keywords],
 ) -> Tensor | FSRTerms: ...
 
 
@@ -118,8 +93,10 @@ def fsr_loss(
     *,
     feat_weight: Weight = 1.0,
     cls_weight: Weight = 1.0,
+    feat_loss: str = "mse",
     cls_loss: str = "bce",
     temperature: float = 1.0,
+    beta: float = 1.0,
     normalizer: str = "mass",
     eps: float = 0.0,
     level_weights: Sequence[float] | None = None,
@@ -143,8 +120,10 @@ def fsr_loss(
             as the head emits them. Without student_logits `cls` is left out; teacher_logits make the mask.
         feat_weight, cls_weight: a number, or a 0-dim tensor, which is read on the device: changing it neither
             recompiles nor synchronises.
+        feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4.
         cls_loss: "bce", or "kl" for the Bernoulli KL(teacher || student): the same gradient, 0 where they agree.
         temperature: divides the logits inside `cls`, which is then multiplied by its square.
+        beta: of "smooth_l1": half the square of a difference below it, over beta, and the difference less beta / 2 above.
         normalizer: "mass" divides a level by M_l, "mass_channels" by C * M_l.
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
@@ -170,36 +149,23 @@ def fsr_loss(
         ValueError: lengths, shapes or devices differ, a list is empty, an option is unknown.
         RuntimeError: the backend is not on this machine.
     """
-    checks.check_option("cls_loss", cls_loss, checks.CLS_LOSSES)
-    if student_feats is None and student_logits is None:
-        raise ValueError("nothing to imitate: give student_feats with teacher_feats, or student_logits, or both")
-    if (student_feats is None) != (teacher_feats is None):
-        missing = "student_feats" if student_feats is None else "teacher_feats"
-        raise ValueError(f"{missing} is missing: give both student_feats and teacher_feats, or None for both")
-    if teacher_logits is None and (mask is None or student_logits is not None):
-        raise ValueError("teacher_logits is missing: it makes the mask (or give mask=) and is what cls imitates")
-    pairs = []
-    if student_feats is not None and teacher_feats is not None:
-        checks.check_levels("student_feats", student_feats)
-        checks.check_levels("teacher_feats", teacher_feats)
-        checks.check_pair("student_feats", student_feats, "teacher_feats", teacher_feats, _ADAPT)
-        pairs.append(_Pair("feat_weight", "mse", feat_weight, student_feats, teacher_feats))
-    if teacher_logits is not None:
-        checks.check_levels("teacher_logits", teacher_logits)
-        if pairs:
-            checks.check_positions("teacher_feats", pairs[0].teacher, "teacher_logits", teacher_logits)
-    if student_logits is not None and teacher_logits is not None:
-        checks.check_levels("student_logits", student_logits)
-        checks.check_pair("student_logits", student_logits, "teacher_logits", teacher_logits, _CLASSES)
-        pairs.append(_Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
-    if mask is not None:
-        name = "teacher_feats" if student_feats is not None else "teacher_logits"
-        checks.check_levels("mask", mask, dims=3)
-        checks.check_positions("mask", mask, name, pairs[0].teacher)
-    return _distill(
-        pairs, mask, teacher_logits, temperature, normalizer, eps, level_weights, process_group, grad_mode, backend,
-        return_terms,
+    options = Options.of(
+        feat_loss=feat_loss, cls_loss=cls_loss, temperature=temperature, beta=beta, normalizer=normalizer, eps=eps,
+        level_weights=level_weights, grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
+    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, mask)
+    # Class entries first: their teacher is what `score` has just read.
+    pairs = []
+    if student_logits is not None and teacher_logits is not None:
+        pairs.append(_Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
+    if student_feats is not None and teacher_feats is not None:
+        pairs.append(_Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
+
+    def check() -> None:
+        checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, mask)
+        checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
+
+    return _distill(pairs, options, check, mask, teacher_logits, process_group, return_terms)
 
 
 def richness_mask(teacher_logits: Levels, *, backend: str = "auto") -> Richness:
@@ -231,6 +197,7 @@ def masked_imitation_loss(
     loss: str = "mse",
     weight: Weight = 1.0,
     temperature: float = 1.0,
+    beta: float = 1.0,
     normalizer: str = "mass",
     eps: float = 0.0,
     level_weights: Sequence[float] | None = None,
@@ -243,27 +210,30 @@ def masked_imitation_loss(
     Args:
         student, teacher: lists of (N, C, H, W), one tensor a level.
         mask: list of (N, H, W) floating-point tensors; M_l is the sum of a level's.
-        loss: "mse" on any features; "bce" or "kl" on logits.
+        loss: "mse", "l1" or "smooth_l1" on any features; "bce" or "kl" on logits.
         weight: multiplies the loss; a number or a 0-dim tensor.
 
     The other arguments, what is returned and what is raised are as for `fsr_loss`.
     """
-    checks.check_option("loss", loss, checks.LOSSES)
-    checks.check_levels("student", student)
-    checks.check_levels("teacher", teacher)
-    checks.check_pair("student", student, "teacher", teacher, _ADAPT if loss == "mse" else _CLASSES)
-    checks.check_levels("mask", mask, dims=3)
-    checks.check_positions("mask", mask, "teacher", teacher)
+
+    checks.check_option("loss", loss, tuple(LOSSES))
+    options = Options.of(
+        temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
+        grad_mode=grad_mode, backend=backend,
+    )  # fmt: skip
     pairs = [_Pair("weight", loss, weight, student, teacher)]
-    result = _distill(
-        pairs, mask, None, temperature, normalizer, eps, level_weights, process_group, grad_mode, backend, False
-    )
+
+    def check() -> None:
+        checks.check_imitation(student, teacher, mask, takes_logits=LOSSES[loss].takes_logits)
+        checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
+
+    result = _distill(pairs, options, check, mask, None, process_group, False)
     assert isinstance(result, Tensor)
     return result
 
 
 class _Pair(NamedTuple):
-    """A student and the teacher it imitates."""
+    """A term: a student and the teacher it imitates."""
 
     weight_name: str
     loss: str
@@ -273,60 +243,89 @@ class _Pair(NamedTuple):
 
 
 def _distill(
-    pairs: list[_Pair],
+    pairs: Sequence[_Pair],
+    options: Options,
+    check: Callable[[], None],
     mask: Levels | None,
     teacher_logits: Levels | None,
-    temperature: float,
-    normalizer: str,
-    eps: float,
-    level_weights: Sequence[float] | None,
     process_group: ProcessGroup | None,
-    grad_mode: str,
-    backend: str,
     return_terms: bool,
 ) -> Tensor | FSRTerms:
-    """Score, then imitate each pair; the levels have been checked, the options have not."""
+    """Imitate each pair.
+
+    `check` says in the user's words what is wrong with the arguments. On small levels it takes as long as all the rest,
+    so where a native operator checks all of it as well, it runs only if something was refused.
+    """
+    lists = [levels for pair in pairs for levels in (pair.student, pair.teacher)]
+    plain = all(type(levels) in (list, tuple) and len(levels) == len(lists[0]) for levels in lists)
+    rare = mask is not None or process_group is not None or options.level_weights is not None
+    if rare or not plain or torch.compiler.is_compiling():
+        check()
+        return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms)
+    try:
+        return _imitate_pairs(pairs, options, check, mask, teacher_logits, process_group, return_terms)
+    except Exception:
+        check()
+        raise
+
+
+def _imitate_pairs(
+    pairs: Sequence[_Pair],
+    options: Options,
+    check: Callable[[], None] | None,
+    mask: Levels | None,
+    teacher_logits: Levels | None,
+    process_group: ProcessGroup | None,
+    return_terms: bool,
+) -> Tensor | FSRTerms:
+    """`check` is None where it has run."""
     like = pairs[0].teacher
     device = like[0].device
-    checks.check_option("normalizer", normalizer, checks.NORMALIZERS)
-    checks.check_option("grad_mode", grad_mode, checks.GRAD_MODES)
-    checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
-    checks.check_number("temperature", temperature, positive=True)
-    checks.check_number("eps", eps, positive=False)
-    checks.check_level_weights(level_weights, len(like))
+    backend = backends.choose(options.backend, device.type)
+    if check is not None and backend not in native.LIBRARIES:
+        check()
     for pair in pairs:
         checks.check_weight(pair.weight_name, pair.weight, device)
-    chosen = backends.choose(backend, device.type)
-
-    with torch.no_grad():
-        if mask is not None:
-            scores, mass = _given_scores(mask)
-        else:
-            assert teacher_logits is not None
-            scores, mass = VERBS[chosen].score(teacher_logits)
-        if process_group is not None:
-            mass = _average(mass, process_group)
-
-    terms: list[Term] = []
-    tensors: list[Tensor | None] = []
-    for pair in pairs:
-        number, factor = (1.0, pair.weight.detach()) if isinstance(pair.weight, Tensor) else (float(pair.weight), None)
-        mode = _grad_mode(pair, grad_mode, return_terms)
-        terms.append(Term(pair.loss, number, float(temperature), len(like), mode))
-        norm = _denominator(mass, pair.student, normalizer, eps, level_weights)
-        # Dynamo takes no tensor twice in one autograd.Function: the mass of both terms, a model as its own teacher.
-        compiling = torch.compiler.is_compiling()
-        norm = norm.detach() if compiling else norm
-        teacher = [t.detach() if compiling or t.requires_grad else t for t in pair.teacher]
-        tensors += [norm, factor, *pair.student, *teacher]
-    loss, *values = imitation(Plan(chosen, tuple(terms), return_terms), scores, *tensors)
+    scores = norm = None
+    if mask is not None:
+        scores, norm = _given_scores(mask)
+    elif process_group is not None and teacher_logits is not None:
+        with torch.no_grad():
+            scores, norm = VERBS[backend].score(teacher_logits)
+        norm = _average(norm, process_group)
+    call = Call(
+        backend,
+        _table_of(pairs, options),
+        [z for pair in pairs for z in pair.teacher],
+        teacher_logits if scores is None and teacher_logits is not None else (),
+        scores,
+        norm,
+        tuple(1.0 if isinstance(pair.weight, Tensor) else float(pair.weight) for pair in pairs),
+        tuple(pair.weight.detach() if isinstance(pair.weight, Tensor) else None for pair in pairs),
+        tuple(_grad_mode(pair, options.grad_mode, return_terms) for pair in pairs),
+        return_terms,
+    )
+    loss, *found = imitation(call, [x for pair in pairs for x in pair.student])
     if not return_terms:
         return loss
-    found = {pair.weight_name: values[2 * i : 2 * i + 2] for i, pair in enumerate(pairs)}
-    zero = [mass.new_zeros(()), mass.new_zeros(len(like))]
-    feat, feat_per_level = found.get("feat_weight", zero)
-    cls, cls_per_level = found.get("cls_weight", zero)
-    return FSRTerms(loss, feat, cls, feat_per_level, cls_per_level, split_levels(scores, like), mass)
+    terms, (values, *made) = found[: len(pairs)], found[len(pairs) :]
+    scores, norm = made or (scores, norm)
+    assert scores is not None
+    assert norm is not None
+    parts = {pair.weight_name: part for pair, *part in zip(pairs, terms, values.split(len(like)), strict=True)}
+    zero = [norm.new_zeros(()), norm.new_zeros(len(like))]
+    feat, feat_per_level = parts.get("feat_weight", zero)
+    cls, cls_per_level = parts.get("cls_weight", zero)
+    return FSRTerms(loss, feat, cls, feat_per_level, cls_per_level, split_levels(scores, like), norm)
+
+
+def _table_of(pairs: Sequence[_Pair], options: Options) -> Table:
+    losses = tuple(pair.loss for pair in pairs)
+    channels: tuple[int, ...] = ()
+    if options.normalizer == "mass_channels":
+        channels = tuple(z.shape[1] for pair in pairs for z in pair.teacher)
+    make = make_table if torch.compiler.is_compiling() else make_table_once  # Dynamo knows no cache
+    return make(options, losses, len(pairs[0].teacher), channels)
 
 
 def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
@@ -345,7 +344,7 @@ def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
 def _given_scores(mask: Levels) -> tuple[Tensor, Tensor]:
     """Scores and mass, as `score` returns them, of a mask that the caller made."""
     dtype = accumulate_dtype(*mask)
-    levels = [m.to(dtype).flatten() for m in mask]
+    levels = [m.detach().to(dtype).flatten() for m in mask]
     return torch.cat(levels), torch.stack([m.sum() for m in levels])
 
 
@@ -353,24 +352,3 @@ def _average(mass: Tensor, group: ProcessGroup) -> Tensor:
     mass = mass.clone()
     torch.distributed.all_reduce(mass, group=group)
     return mass / torch.distributed.get_world_size(group)
-
-
-def _denominator(
-    mass: Tensor, like: Levels, normalizer: str, eps: float, level_weights: Sequence[float] | None
-) -> Tensor:
-    """norm_l = (M_l * C_l + eps) / w_l, infinite where w_l is 0; the mass itself by default, which costs nothing."""
-    if normalizer == "mass" and level_weights is None and eps == 0:
-        return mass
-    weights = [1.0] * len(like) if level_weights is None else level_weights
-    channels = [float(x.shape[1]) if normalizer == "mass_channels" else 1.0 for x in like]
-    scale = [c / w if w else 0.0 for c, w in zip(channels, weights, strict=True)]
-    offset = [eps / w if w else float("inf") for w in weights]
-    if all(s == scale[0] for s in scale) and all(o == offset[0] for o in offset):
-        mass = mass if scale[0] == 1.0 else mass * scale[0]
-        return mass if offset[0] == 0.0 else mass + offset[0]
-    return mass * _numbers(scale, mass) + _numbers(offset, mass)
-
-
-def _numbers(values: list[float], like: Tensor) -> Tensor:
-    """A (L,) tensor of host numbers, made by fills: copying it to the device would make the host wait."""
-    return torch.stack([torch.full((), v, dtype=like.dtype, device=like.device) for v in values])

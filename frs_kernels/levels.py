@@ -23,3 +23,24 @@ def split_levels(scores: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views (N, H, W) of the flat scores, shaped as the (N, C, H, W) levels in `like`."""
     parts = scores.split([positions(level) for level in like])
     return [part.view(x.shape[0], *x.shape[2:]) for part, x in zip(parts, like, strict=True)]
+
+
+def level_slices(entries: Sequence[Tensor], level: Sequence[int], total: int) -> list[slice]:
+    """Where each level's scores lie in the flat buffer of `total`, given entries of those levels.
+
+    Raises:
+        ValueError: a level has no entry, its entries differ in size, or the sizes do not add up to `total`.
+    """
+    sizes: dict[int, int] = {}
+    for x, number in zip(entries, level, strict=True):
+        if sizes.setdefault(number, positions(x)) != positions(x):
+            raise ValueError(f"the entries of level {number} have {sizes[number]} and {positions(x)} positions")
+    slices, first = [], 0
+    for number in range(max(level) + 1):
+        if number not in sizes:
+            raise ValueError(f"level {number} has no entry; levels are numbered from 0 without a gap")
+        slices.append(slice(first, first + sizes[number]))
+        first += sizes[number]
+    if first != total:
+        raise ValueError(f"the levels have {first} positions, scores hold {total}")
+    return slices

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from frs_kernels import backends, checks
-from frs_kernels.functional import FSRTerms, Levels, Weight, fsr_loss
+from frs_kernels import checks
+from frs_kernels.functional import FSRTerms, Levels, fsr_loss
+from frs_kernels.options import Options, Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from frs_kernels.options import LossOptions
 
 
 class FSRLoss(nn.Module):
@@ -26,24 +30,12 @@ class FSRLoss(nn.Module):
         self,
         feat_weight: Weight = 1.0,
         cls_weight: Weight = 1.0,
-        cls_loss: str = "bce",
-        temperature: float = 1.0,
-        normalizer: str = "mass",
-        eps: float = 0.0,
-        level_weights: Sequence[float] | None = None,
+        *,
         process_group: ProcessGroup | None = None,
-        grad_mode: str = "auto",
-        backend: str = "auto",
         return_terms: bool = False,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        checks.check_option("cls_loss", cls_loss, checks.CLS_LOSSES)
-        checks.check_option("normalizer", normalizer, checks.NORMALIZERS)
-        checks.check_option("grad_mode", grad_mode, checks.GRAD_MODES)
-        checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
-        checks.check_number("temperature", temperature, positive=True)
-        checks.check_number("eps", eps, positive=False)
-        checks.check_level_weights(level_weights, None)
         self.feat_weight: Weight
         self.cls_weight: Weight
         for name, weight in (("feat_weight", feat_weight), ("cls_weight", cls_weight)):
@@ -52,14 +44,8 @@ class FSRLoss(nn.Module):
                 self.register_buffer(name, weight.detach().clone(), persistent=False)
             else:
                 setattr(self, name, weight)
-        self.cls_loss = cls_loss
-        self.temperature = temperature
-        self.normalizer = normalizer
-        self.eps = eps
-        self.level_weights = level_weights
+        self.options = Options.of(**options)
         self.process_group = process_group
-        self.grad_mode = grad_mode
-        self.backend = backend
         self.return_terms = return_terms
 
     def forward(
@@ -79,21 +65,15 @@ class FSRLoss(nn.Module):
             teacher_logits,
             feat_weight=self.feat_weight,
             cls_weight=self.cls_weight,
-            cls_loss=self.cls_loss,
-            temperature=self.temperature,
-            normalizer=self.normalizer,
-            eps=self.eps,
-            level_weights=self.level_weights,
             mask=mask,
             process_group=self.process_group,
-            grad_mode=self.grad_mode,
-            backend=self.backend,
             return_terms=self.return_terms,
+            **self.options._asdict(),
         )
 
     def extra_repr(self) -> str:
-        names = ("feat_weight", "cls_weight", "cls_loss", "temperature", "normalizer", "grad_mode", "backend")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        shown = {"feat_weight": self.feat_weight, "cls_weight": self.cls_weight, **self.options._asdict()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class FeatureAdapter(nn.Module):

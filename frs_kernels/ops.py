@@ -1,15 +1,15 @@
-"""The three operators behind every backend, and the autograd function outside them.
+"""The operators behind every backend: one schema, one fake implementation, one implementation for each backend.
 
-An operator has one schema, one fake implementation and one implementation for each backend but `torch`, whose verbs
-are plain functions that a compiler can look into. The operators know nothing of autograd: `Imitation` calls them
-forward and backward.
+The `torch` backend's verbs are plain functions that a compiler can look into. Signatures, shapes and formulas are those
+of `frs_kernels.reference`. The operators know nothing of autograd: `frs_kernels.autograd` calls them.
 
-    score    teacher logits                         -> scores (P,), mass (L,)
-    imitate  student, teacher, scores, norm, ...    -> total, per_level (L,), gradients
-    scale_   gradients, factor                      -> in place
+    score    teacher logits                                  -> scores (P,), mass (L,)
+    imitate  student, teacher, scores, norm, table           -> total (), values (T + E,), gradients
+    distill  student, teacher, logits, table                 -> scores, mass, total, values, gradients
+    scale_   gradients, factor                               -> in place
 
-`norm` is the denominator of each level, `weight` and `factor` multiply the loss: the kernels form the coefficient
-weight * factor * S_p / norm_l themselves. Formed outside, it takes ten tiny launches a step (docs/design-notes.md).
+The table has a row an entry and a row a term. Coefficients are formed inside the kernels from its numbers: formed
+outside, they take ten tiny launches a step (docs/design-notes.md).
 """
 
 from __future__ import annotations
@@ -23,19 +23,26 @@ from torch import Tensor
 from frs_kernels import native, reference
 from frs_kernels.levels import accumulate_dtype, positions
 
+_TABLE = (
+    "int[] level, int[] term, float[] scale, float[] eps, str[] loss, float[] weight, Tensor?[] factor,"
+    " float[] temperature, float[] beta, bool[] want_grad, bool want_loss"
+)
 SCHEMAS = (
     "score(Tensor[] logits) -> (Tensor scores, Tensor mass)",
-    "imitate(Tensor[] student, Tensor[] teacher, Tensor scores, Tensor norm, Tensor? factor, float weight,"
-    " str loss, float temperature, bool want_loss, bool want_grad) -> (Tensor total, Tensor per_level, Tensor[] grads)",
+    f"imitate(Tensor[] student, Tensor[] teacher, Tensor scores, Tensor norm, {_TABLE})"
+    " -> (Tensor total, Tensor values, Tensor[] grads)",
+    f"distill(Tensor[] student, Tensor[] teacher, Tensor[] logits, {_TABLE})"
+    " -> (Tensor scores, Tensor mass, Tensor total, Tensor values, Tensor[] grads)",
     "scale_(Tensor(a!)[] grads, Tensor factor) -> ()",
 )
 
 
 class Verbs(NamedTuple):
-    """The three verbs of one backend; signatures as in `frs_kernels.reference`."""
+    """The verbs of one backend; signatures as in `frs_kernels.reference`."""
 
     score: Callable[..., tuple[Tensor, Tensor]]
     imitate: Callable[..., tuple[Tensor, Tensor, list[Tensor]]]
+    distill: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]
     scale_: Callable[..., None]
 
 
@@ -50,253 +57,82 @@ def _imitate_fake(
     teacher: Sequence[Tensor],
     scores: Tensor,
     norm: Tensor,
-    factor: Tensor | None,
-    weight: float,
-    loss: str,
-    temperature: float,
+    level: Sequence[int],
+    term: Sequence[int],
+    scale: Sequence[float],
+    eps: Sequence[float],
+    loss: Sequence[str],
+    weight: Sequence[float],
+    factor: Sequence[Tensor | None],
+    temperature: Sequence[float],
+    beta: Sequence[float],
+    want_grad: Sequence[bool],
     want_loss: bool,
-    want_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype = accumulate_dtype(*student, *teacher)
     total = student[0].new_empty(() if want_loss else 0, dtype=dtype)
-    per_level = student[0].new_empty(len(student) if want_loss else 0, dtype=dtype)
-    return total, per_level, [torch.empty_like(x) for x in student] if want_grad else []
+    values = student[0].new_empty(len(loss) + len(student) if want_loss else 0, dtype=dtype)
+    return total, values, [torch.empty_like(x) for x, t in zip(student, term, strict=True) if want_grad[t]]
+
+
+def _distill_fake(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    scores, mass = _score_fake(logits)
+    return scores, mass, *_imitate_fake(student, teacher, scores, mass, *table)
 
 
 def _scale_fake(grads: Sequence[Tensor], factor: Tensor) -> None:
     return None
 
 
-def _triton_score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    from frs_kernels.triton.score import score
+def _triton_verbs() -> Verbs:
+    """Triton's verbs, which import Triton when they are first called."""
 
-    _check_levels("score", logits)
-    if _one_dtype(logits):
+    def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        from frs_kernels.triton.score import score
+
         return score(logits)
-    parts = [score([z]) for z in logits]
-    return torch.cat([scores for scores, _ in parts]), torch.cat([mass for _, mass in parts])
+
+    def imitate(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        from frs_kernels.triton.imitate import imitate
+
+        return imitate(*arguments)
+
+    def distill(
+        student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        scores, mass = score(logits)
+        return scores, mass, *imitate(student, teacher, scores, mass, *table)
+
+    def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
+        from frs_kernels.triton.scale import scale_
+
+        scale_(grads, factor)
+
+    return Verbs(score, imitate, distill, scale_)
 
 
-def _triton_imitate(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], scores: Tensor, norm: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    from frs_kernels.triton.imitate import imitate
-
-    _check_levels("imitate", student)
-    if [x.shape for x in student] != [z.shape for z in teacher]:
-        raise ValueError("imitate: student and teacher must have the same shape at every level")
-    if scores.numel() != sum(positions(x) for x in student) or norm.numel() != len(student):
-        raise ValueError("imitate: scores must hold one number a position, norm one a level")
-    if _one_dtype(student) and _one_dtype(teacher):
-        return imitate(student, teacher, scores, norm, *rest)
-    masks = scores.split([positions(x) for x in student])
-    parts = [
-        imitate([x], [z], mask, n, *rest) for x, z, mask, n in zip(student, teacher, masks, norm.split(1), strict=True)
-    ]
-    return (
-        torch.stack([total for total, _, _ in parts]).sum(0),
-        torch.cat([per_level for _, per_level, _ in parts]),
-        [grad for _, _, grads in parts for grad in grads],
-    )
-
-
-def _triton_scale(grads: Sequence[Tensor], factor: Tensor) -> None:
-    from frs_kernels.triton.scale import scale_
-
-    scale_(grads, factor)
-
-
-def _check_levels(verb: str, levels: Sequence[Tensor]) -> None:
-    if not levels or any(x.dim() != 4 or x.shape[1] == 0 for x in levels):
-        raise ValueError(f"{verb}: needs (N, C, H, W) tensors, one a level, with C at least 1")
-
-
-def _one_dtype(levels: Sequence[Tensor]) -> bool:
-    return all(x.dtype == levels[0].dtype for x in levels)
-
-
-def _fakes(namespace: str, library: torch.library.Library) -> Verbs:
-    """Give the operators of a namespace their fake implementations; they stay as long as the library object."""
-    fakes: dict[str, Callable[..., Any]] = {"score": _score_fake, "imitate": _imitate_fake, "scale_": _scale_fake}
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-    ops = getattr(torch.ops, namespace)
-    return Verbs(ops.score.default, ops.imitate.default, ops.scale_.default)
-
-
-def _define(namespace: str, verbs: Verbs, library: torch.library.Library) -> Verbs:
-    for schema, implementation in zip(SCHEMAS, verbs, strict=True):
+def _define(namespace: str, library: torch.library.Library, verbs: Verbs | None) -> Verbs:
+    """The operators of a namespace; without `verbs` a compiled library has implemented them."""
+    fakes = Verbs(_score_fake, _imitate_fake, _distill_fake, _scale_fake)
+    for index, schema in enumerate(SCHEMAS):
         name = schema.partition("(")[0]
         library.define(schema)
-        for key in ("CPU", "CUDA"):
-            library.impl(name, implementation, key)
-    return _fakes(namespace, library)
+        for key in ("CPU", "CUDA") if verbs else ():
+            library.impl(name, verbs[index], key)
+        torch.library.register_fake(f"{namespace}::{name}", fakes[index], lib=library)
+    operators = getattr(torch.ops, namespace)
+    return Verbs(*(getattr(operators, name).default for name in Verbs._fields))
 
 
-VERBS = {"torch": Verbs(reference.score, reference.imitate, reference.scale_)}
+VERBS = {"torch": Verbs(reference.score, reference.imitate, reference.distill, reference.scale_)}
 
+# They stay as long as these objects.
 _triton_library = torch.library.Library("frs_triton", "DEF")
-VERBS["triton"] = _define("frs_triton", Verbs(_triton_score, _triton_imitate, _triton_scale), _triton_library)
+VERBS["triton"] = _define("frs_triton", _triton_library, _triton_verbs())
 
 if native.WHY_NOT["cpu"] is None:
-    # csrc/ops.cpp has declared the same schemas; the dispatcher tells cpu and cuda apart by the tensors.
+    # The dispatcher tells cpu and cuda apart by the tensors.
     _native_library = torch.library.Library("frs_kernels", "FRAGMENT")
-    VERBS["cpu"] = VERBS["cuda"] = _fakes("frs_kernels", _native_library)
-
-
-class Term(NamedTuple):
-    """What of one imitation term is known on the host."""
-
-    loss: str
-    weight: float
-    temperature: float
-    levels: int
-    grad: str  # "none", "forward" or "backward": where the gradient is computed
-
-
-class Plan(NamedTuple):
-    """What of a call is known on the host."""
-
-    backend: str
-    terms: tuple[Term, ...]
-    want_values: bool
-
-
-class Imitation(torch.autograd.Function):
-    """The weighted sum of imitation terms over one set of scores.
-
-    Inputs after the plan: scores, then for each term norm, weight (0-dim, times the plan's; or None), the student's
-    levels, the teacher's levels. Outputs: the loss and, with `want_values`, for each term its unweighted value and
-    its values per level (these without gradient).
-
-    A term's gradient is computed "forward", kept, and scaled in place by the upstream gradient, which is possible
-    once; or "backward" from the inputs, with the upstream gradient in the kernel's coefficient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        rest = list(inputs)
-        losses: list[Tensor] = []
-        values: list[Tensor] = []
-        saved: list[Tensor | None] = []
-        for term in plan.terms:
-            norm, weight, levels = rest[0], rest[1], rest[2 : 2 + 2 * term.levels]
-            rest = rest[2 + 2 * term.levels :]
-            loss, per_level, grads = VERBS[plan.backend].imitate(
-                levels[: term.levels], levels[term.levels :], scores, norm, weight, term.weight,
-                term.loss, term.temperature, True, term.grad == "forward",
-            )  # fmt: skip
-            losses.append(loss)
-            if plan.want_values:
-                values += [per_level.sum(), per_level]
-            if term.grad == "forward":
-                saved += grads
-            elif term.grad == "backward":
-                saved += [scores, norm, weight, *levels]
-        ctx.plan = plan
-        ctx.spent = False
-        _save(ctx, saved)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*values[1::2])
-        return (losses[0] if len(losses) == 1 else losses[0] + losses[1], *values)
-
-    @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            results = Imitation.gradients(ctx, loss_grad, *value_grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return tuple(None if g is None else _once(g) for g in results)
-        return tuple(results)
-
-    @staticmethod
-    def gradients(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> list[Tensor | None]:
-        plan: Plan = ctx.plan
-        if ctx.spent:
-            raise RuntimeError(
-                "frs_kernels: the gradient was computed in the forward pass and has been handed out; pass "
-                "grad_mode='backward' to go backward through the same graph more than once"
-            )
-        verbs = VERBS[plan.backend]
-        saved = _saved(ctx)
-        to_scale: list[tuple[Tensor, list[Tensor]]] = []
-        results: list[Tensor | None] = [None, None]
-        for index, term in enumerate(plan.terms):
-            value_grad = value_grads[2 * index] if plan.want_values else None
-            grads: Sequence[Tensor | None] = [None] * term.levels
-            factor = loss_grad
-            if term.grad == "forward":
-                kept, saved = saved[: term.levels], saved[term.levels :]
-                ctx.spent = True
-                if value_grad is not None:
-                    # By a tensor: a GPU divides by a number as a product with its reciprocal, and weight * value, the
-                    # usual use, would not come out as a factor of exactly 1, which scale_ does nothing for.
-                    factor = _add(factor, value_grad / torch.full_like(value_grad, term.weight))
-                if factor is not None:
-                    grads = kept
-                    if to_scale and to_scale[-1][0] is factor:
-                        to_scale[-1][1].extend(kept)
-                    else:
-                        to_scale.append((factor, list(kept)))
-            elif term.grad == "backward":
-                scores, norm, weight, *levels = saved[: 3 + 2 * term.levels]
-                saved = saved[3 + 2 * term.levels :]
-                number = term.weight
-                if factor is not None and weight is not None:
-                    factor = factor * weight
-                if value_grad is not None:
-                    factor = _add(None if factor is None else factor * number, value_grad)
-                    number = 1.0
-                if factor is not None:
-                    _, _, grads = verbs.imitate(
-                        levels[: term.levels], levels[term.levels :], scores, norm, factor, number,
-                        term.loss, term.temperature, False, True,
-                    )  # fmt: skip
-            wanted = ctx.needs_input_grad[len(results) + 2 : len(results) + 2 + term.levels]
-            results += [None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True))]
-            results += [None] * term.levels
-        for factor, kept in to_scale:
-            verbs.scale_(kept, factor)
-        return results
-
-
-class _Once(torch.autograd.Function):
-    """The identity, whose own gradient is an error.
-
-    `once_differentiable` raises only where the upstream gradient requires a gradient itself; a gradient penalty beside
-    another loss would lose its gradient without a word.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise RuntimeError("frs_kernels: the loss is differentiable once; its gradient has no gradient")
-
-
-def _save(ctx: Any, tensors: list[Tensor | None]) -> None:
-    """save_for_backward, which refuses the tensors of a teacher run in inference_mode; those nobody can change."""
-    ctx.inference = {}
-    if not torch.compiler.is_compiling():
-        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
-
-
-def _saved(ctx: Any) -> list[Any]:
-    return [ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
-
-
-def _once(grad: Tensor) -> Tensor:
-    result: Tensor = _Once.apply(grad.detach().requires_grad_())  # type: ignore[no-untyped-call]
-    return result
-
-
-def imitation(plan: Plan, scores: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """`Imitation.apply`, typed."""
-    outputs: tuple[Tensor, ...] = Imitation.apply(plan, scores, *inputs)  # type: ignore[no-untyped-call]
-    return outputs
-
-
-def _add(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
+    VERBS["cpu"] = VERBS["cuda"] = _define("frs_kernels", _native_library, None)

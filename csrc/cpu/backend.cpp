@@ -51,10 +51,10 @@ const Kernels& kernels() {
 }
 
 // The tiles of all levels, numbered level after level.
-template <Cut (*CUT)(const Level&)>
+template <class L, Cut (*CUT)(const Level&)>
 class Tiles {
  public:
-  Tiles(const Level* levels, int64_t count) : levels_(levels), starts_{0} {
+  Tiles(const L* levels, int64_t count) : levels_(levels), starts_{0} {
     for (int64_t i = 0; i < count; ++i) {
       cuts_.push_back(CUT(levels[i]));
       starts_.push_back(starts_.back() + cuts_[i].tiles(levels[i]));
@@ -75,13 +75,13 @@ class Tiles {
   }
 
  private:
-  const Level* levels_;
+  const L* levels_;
   std::vector<Cut> cuts_;
   std::vector<int64_t> starts_;
 };
 
-using ScoreTiles = Tiles<score_cut>;
-using ImitateTiles = Tiles<imitate_cut>;
+using ScoreTiles = Tiles<Level, score_cut>;
+using ImitateTiles = Tiles<Entry, imitate_cut>;
 
 // Run f(i) for i < count. A thread takes the next as soon as it is done with one: the levels' tiles differ in cost.
 template <class F>
@@ -126,26 +126,45 @@ void score(const Score& call, void* workspace, void*) {
 }
 
 int64_t imitate_workspace(const Imitate& call) {
-  return call.total ? 8 * ImitateTiles(call.levels, call.count).count() : 0;
+  return call.total ? 8 * ImitateTiles(call.entries, call.count).count() : 0;
 }
 
 void imitate(const Imitate& call, void* workspace, void*) {
-  const ImitateTiles tiles(call.levels, call.count);
+  const ImitateTiles tiles(call.entries, call.count);
   auto* slots = static_cast<double*>(workspace);
   const Kernels& with = kernels();
-  const double upstream = call.weight * (call.factor ? with.number(call.factor, call.factor_dtype) : 1.0);
+  std::vector<double> upstream;
+  for (const Term* term = call.terms; term < call.terms + call.term_count; ++term)
+    upstream.push_back(term->weight * (term->factor ? with.number(term->factor, term->factor_dtype) : 1.0));
   share_out(tiles.count(), [&](int64_t i) {
-    const double sum = with.imitate_tile(call, tiles[i], upstream);
-    if (slots) slots[i] = sum;
+    const Tile tile = tiles[i];
+    const Entry& entry = call.entries[tile.index];
+    if (!call.total && !entry.grad.data) return;
+    const double sum = with.imitate_tile(call, tile, upstream[entry.term]);
+    if (call.total) slots[i] = sum;
   });
   if (!call.total) return;
-  double total = 0;
-  for (int64_t l = 0; l < call.count; ++l) {
-    const double sum = tiles.sum(slots, l);
-    write(call.per_level, call.dtype, l, sum);
-    total += sum;
+  std::vector<double> values(call.term_count);
+  for (int64_t e = 0; e < call.count; ++e) {
+    const double sum = tiles.sum(slots, e);
+    write(call.values, call.dtype, call.term_count + e, sum);
+    values[call.entries[e].term] += sum;
   }
-  write(call.total, call.dtype, 0, upstream * total);
+  double total = 0;
+  for (int64_t t = 0; t < call.term_count; ++t) {
+    write(call.values, call.dtype, t, values[t]);
+    total += upstream[t] * values[t];
+  }
+  write(call.total, call.dtype, 0, total);
+}
+
+int64_t distill_workspace(const Score& score, const Imitate& imitate) {
+  return std::max(score_workspace(score), imitate_workspace(imitate));
+}
+
+void distill(const Score& first, const Imitate& then, void* workspace, void* stream) {
+  score(first, workspace, stream);
+  imitate(then, workspace, stream);
 }
 
 void scale(const Scale& call, void*) {

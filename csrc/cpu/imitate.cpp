@@ -1,6 +1,6 @@
 // imitate: the masked imitation loss of a tile and its gradient by the student, in one pass.
 //
-//     share_p  = S_p / norm_l                                     0 where norm_l is 0
+//     share_p  = scale S_p / (norm_l + eps)                       0 where norm_l + eps is 0
 //     sum      = sum_p share_p sum_c value(x_pc, z_pc)            (value, slope: pointwise.h)
 //     gradient = upstream * share_p * slope(x_pc, z_pc)           upstream = weight * factor
 #include "isa.h"
@@ -16,7 +16,7 @@ struct Values {
   S* grad;
   const T *share, *coefficient;
   int64_t size;
-  T inverse_temperature;
+  T inverse_temperature, beta;
   int64_t x_ahead, z_ahead;  // from a row to the next one in memory
   bool stream;               // write the gradient past the caches
 };
@@ -25,7 +25,8 @@ template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 inline double imitate_row(const Values<double, double>& v) {
   double sum = 0;
   for (int64_t i = 0; i < v.size; ++i) {
-    const auto [value, slope] = pointwise<LOSS>(v.x[i], v.z[i], v.inverse_temperature);
+    const auto [value, slope] =
+        Traits<LOSS>::at(v.x[i] * v.inverse_temperature, v.z[i] * v.inverse_temperature, v.beta);
     if (WANT_LOSS) sum += v.share[i] * value;
     if (WANT_GRAD) v.grad[i] = v.coefficient[i] * slope;
   }
@@ -34,11 +35,11 @@ inline double imitate_row(const Values<double, double>& v) {
 
 template <Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD, class S>
 inline double imitate_row(const Values<float, S>& v) {
-  const float inverse_temperature = TEMPERED ? v.inverse_temperature : 1.0f;
-  const auto [x, z, grad, share, coefficient, size, _, x_ahead, z_ahead, stream_grad] = v;
+  const auto [x, z, grad, share, coefficient, size, inverse_temperature, beta, x_ahead, z_ahead, stream_grad] = v;
   F32 sums = {};
   const auto step = [&](F32 x, F32 z, F32 share, F32 coefficient) {
-    const auto [value, slope] = pointwise<LOSS>(x, z, inverse_temperature);
+    if (TEMPERED) x = x * inverse_temperature, z = z * inverse_temperature;
+    const auto [value, slope] = Traits<LOSS>::at(x, z, beta);
     if (WANT_LOSS) sums = sums + share * value;
     return coefficient * slope;
   };
@@ -71,20 +72,23 @@ inline double imitate_row(const Values<float, S>& v) {
 }
 
 template <class T, class S>
-inline void share_run(T* share, const S* scores, S norm, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) share[i] = norm == 0 ? T(0) : static_cast<T>(scores[i] / norm);
+inline void share_run(T* share, const S* scores, S norm, const Entry& entry, int64_t size) {
+  const S denominator = norm + static_cast<S>(entry.eps), scale = static_cast<S>(entry.scale);
+  for (int64_t i = 0; i < size; ++i)
+    share[i] = denominator == 0 ? T(0) : static_cast<T>(scores[i] / denominator * scale);
 }
 
 // The shares and coefficients of the positions [p0, p1) of a tile.
 template <class T>
 void weigh(const Imitate& call, const Tile& tile, int64_t p0, int64_t p1, T upstream, T* share, T* coefficient) {
-  const int64_t first = tile.level->first + tile.n * tile.level->positions() + p0, size = p1 - p0;
+  const Entry& entry = call.entries[tile.index];
+  const int64_t first = entry.first + tile.n * entry.positions() + p0, size = p1 - p0;
   if (call.score_dtype == DType::f64)
-    share_run(share, static_cast<const double*>(call.scores) + first, static_cast<const double*>(call.norm)[tile.index],
-              size);
+    share_run(share, static_cast<const double*>(call.scores) + first,
+              static_cast<const double*>(call.norm)[entry.level], entry, size);
   else
-    share_run(share, static_cast<const float*>(call.scores) + first, static_cast<const float*>(call.norm)[tile.index],
-              size);
+    share_run(share, static_cast<const float*>(call.scores) + first, static_cast<const float*>(call.norm)[entry.level],
+              entry, size);
   for (int64_t i = 0; i < size; ++i) coefficient[i] = upstream * share[i];
 }
 
@@ -105,8 +109,9 @@ FRS_INLINE bool streams(const Level& level) {
 template <class T, class S, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   const Level& level = *tile.level;
+  const Term& term = call.terms[call.entries[tile.index].term];
   // The temperature's factors, of the value and of the slope, are the same for the whole tile.
-  const double tau = TEMPERED ? call.temperature : 1;
+  const double tau = TEMPERED ? term.temperature : 1;
   const T factor = static_cast<T>(upstream * tau);
   const bool past_caches = WANT_GRAD && streams<S>(level);
   Buffer<S> x_buffer, z_buffer, grad_buffer;
@@ -124,6 +129,7 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
                    coefficient.values,
                    row.size(),
                    static_cast<T>(1 / tau),
+                   static_cast<T>(term.beta),
                    x == x_buffer.values ? 0 : level.student.c,
                    z == z_buffer.values ? 0 : level.teacher.c,
                    past_caches && grad != grad_buffer.values};
@@ -143,25 +149,26 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
 
 template <class T, class S, Loss LOSS, bool TEMPERED>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  if (!call.want_grad) return imitate_tile<T, S, LOSS, TEMPERED, true, false>(call, tile, upstream);
+  if (!tile.level->grad.data) return imitate_tile<T, S, LOSS, TEMPERED, true, false>(call, tile, upstream);
   if (!call.total) return imitate_tile<T, S, LOSS, TEMPERED, false, true>(call, tile, upstream);
   return imitate_tile<T, S, LOSS, TEMPERED, true, true>(call, tile, upstream);
 }
 
-template <class T, class S, Loss LOSS>
-double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  return call.temperature == 1 ? imitate_tile<T, S, LOSS, false>(call, tile, upstream)
-                               : imitate_tile<T, S, LOSS, true>(call, tile, upstream);
-}
-
 template <class T, class S>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
-  switch (call.loss) {
-    case Loss::mse: return imitate_tile<T, S, Loss::mse, false>(call, tile, upstream);
-    case Loss::bce: return imitate_tile<T, S, Loss::bce>(call, tile, upstream);
-    case Loss::kl: return imitate_tile<T, S, Loss::kl>(call, tile, upstream);
-  }
-  __builtin_unreachable();
+  const Term& term = call.terms[call.entries[tile.index].term];
+  double sum = 0;
+  EveryLoss::with(term.loss, [&](auto loss) {
+    constexpr Loss LOSS = decltype(loss)::value;
+    if constexpr (Traits<LOSS>::takes_logits) {
+      if (term.temperature != 1) {
+        sum = imitate_tile<T, S, LOSS, true>(call, tile, upstream);
+        return;
+      }
+    }
+    sum = imitate_tile<T, S, LOSS, false>(call, tile, upstream);
+  });
+  return sum;
 }
 
 }  // namespace

@@ -88,6 +88,16 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
     const V scale = (V)(((I)shifted + (127 + 64)) << 23) * 0x1p-64f;  // the magic's own bits are shifted out
     return p * scale;
   }
+
+  // With t = e / (2 + e) it is 2 atanh(t) = e - t (e - t^2 P(t^2)). P is fitted on t^2 in [0, 1/9] to 2^-27.7 relative;
+  // the whole stays within 1.6 ulp, also where log(1 + e) would lose all digits. A CPU divides beside its
+  // multiplications, which are what bce keeps busy (docs/design-notes.md).
+  static FRS_INLINE V log1p(V e) {
+    const V t = e / (2.0f + e);
+    const V q = t * t;
+    const V p = ((2.801204871e-01f * q + 2.800179067e-01f) * q + 4.002152834e-01f) * q + 6.666641626e-01f;
+    return e - t * (e - q * p);
+  }
 };
 
 namespace frs::FRS_ISA {

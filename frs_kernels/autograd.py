@@ -1,0 +1,226 @@
+"""The autograd function outside the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from frs_kernels.levels import accumulate_dtype
+from frs_kernels.ops import VERBS
+from frs_kernels.options import Table
+
+
+class Call(NamedTuple):
+    """What a call is made of beside the student's tensors, which come in the order of the table's entries.
+
+    T terms. Either logits, from which scores and norm are made, or scores and norm.
+    """
+
+    backend: str
+    table: Table
+    teacher: Sequence[Tensor]
+    logits: Sequence[Tensor]
+    scores: Tensor | None
+    norm: Tensor | None
+    weight: tuple[float, ...]  # (T,)
+    factor: tuple[Tensor | None, ...]  # (T,), 0-dim
+    modes: tuple[str, ...]  # (T,), "none", "forward" or "backward": where the gradient is computed
+    want_values: bool
+
+
+class Imitation(torch.autograd.Function):
+    """The weighted sum of the imitation terms, and with `want_values` what it is made of.
+
+    Outputs: the loss; with `want_values` also the value of each term, unweighted, and, without gradient, the values of
+    the entries, and scores and mass where they were made here.
+
+    A term's gradient is computed "forward", kept, and scaled in place by the upstream gradient, which is possible
+    once; or "backward" from the inputs, with the upstream gradient in the kernel's coefficient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, ...]:
+        table, verbs = call.table, VERBS[call.backend]
+        columns = (
+            table.level, table.term, table.scale, table.eps, table.loss, call.weight, call.factor,
+            table.temperature, table.beta, [mode == "forward" for mode in call.modes], True,
+        )  # fmt: skip
+        scores, norm = call.scores, call.norm
+        made: tuple[Tensor, ...] = ()
+        if scores is None or norm is None:
+            *made, total, values, grads = verbs.distill(student, call.teacher, call.logits, *columns)
+            scores, norm = made
+        else:
+            total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
+        ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
+        ctx.want_values, ctx.spent = call.want_values, False
+        late = [e for e, t in enumerate(table.term) if call.modes[t] == "backward"]
+        _save(
+            ctx,
+            grads=grads,
+            scores=[scores, norm] if late else [],
+            factor=call.factor if late else [],
+            student=[student[e] for e in late],
+            teacher=[call.teacher[e] for e in late],
+        )
+        ctx.set_materialize_grads(False)
+        if not call.want_values:
+            return (total,)
+        terms = len(table.loss)
+        others = (values[terms:], *made)
+        ctx.mark_non_differentiable(*others)
+        # Copies: a view that leaves the function could not be changed in place.
+        return (total, *(values[t].clone() for t in range(terms)), *others)
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = _gradients(ctx, loss_grad, value_grads)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            results = [None if g is None else _once(g) for g in results]
+        return (None, *results)
+
+
+def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradient of every entry that needs one."""
+    if ctx.spent:
+        raise RuntimeError(
+            "frs_kernels: the gradient was computed in the forward pass and has been handed out; pass "
+            "grad_mode='backward' to go backward through the same graph more than once"
+        )
+    table: Table = ctx.table
+    saved = _saved(ctx)
+    of_terms = value_grads[: len(table.loss)] if ctx.want_values else [None] * len(table.loss)
+    results: list[Tensor | None] = [None] * len(table.term)
+    to_scale: list[tuple[Tensor, list[Tensor]]] = []
+    late: list[_Late] = []
+    kept = iter(saved["grads"])
+    for t, mode in enumerate(ctx.modes):
+        entries = table.entries_of(t)
+        if mode == "forward":
+            grads = [next(kept) for _ in entries]
+            factor = _kept_factor(loss_grad, of_terms[t], ctx.weight[t])
+            if factor is None:
+                continue
+            if torch.compiler.is_compiling():
+                # Changed in place, a saved tensor is cloned by the compiler first.
+                dtype = accumulate_dtype(*grads)
+                grads = [(g * factor.to(dtype)).to(g.dtype) for g in grads]
+            elif to_scale and to_scale[-1][0] is factor:
+                to_scale[-1][1].extend(grads)
+            else:
+                to_scale.append((factor, list(grads)))
+            for e, grad in zip(entries, grads, strict=True):
+                results[e] = grad
+        elif mode == "backward":
+            late.append(_late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, of_terms[t]))
+    _imitate_late(ctx, saved, [term for term in late if term is not None], results)
+    ctx.spent = bool(saved["grads"]) and not torch.compiler.is_compiling()
+    for factor, grads in to_scale:
+        VERBS[ctx.backend].scale_(grads, factor)
+    return [g if wanted else None for g, wanted in zip(results, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor | None, weight: float) -> Tensor | None:
+    """What a gradient of weight * value is multiplied by."""
+    if value_grad is None:
+        return loss_grad
+    # By a tensor: a GPU divides by a number as a product with its reciprocal, and weight * value, the usual use, would
+    # not come out as a factor of exactly 1, which scale_ does nothing for.
+    value_grad = value_grad / torch.full_like(value_grad, weight)
+    return value_grad if loss_grad is None else loss_grad + value_grad
+
+
+class _Late(NamedTuple):
+    """A term whose gradient is computed in the backward pass; a factor of None is 1."""
+
+    term: int
+    weight: float
+    factor: Tensor | None
+
+
+def _late_term(
+    term: int, weight: float, factor: Tensor | None, loss_grad: Tensor | None, value_grad: Tensor | None
+) -> _Late | None:
+    """None where no gradient comes to it."""
+    if loss_grad is None:
+        return None if value_grad is None else _Late(term, 1.0, value_grad)
+    upstream = loss_grad if factor is None else loss_grad * factor
+    if value_grad is None:
+        return _Late(term, weight, upstream)
+    return _Late(term, 1.0, upstream * weight + value_grad)
+
+
+def _imitate_late(ctx: Any, saved: dict[str, list[Any]], late: list[_Late], results: list[Tensor | None]) -> None:
+    """Compute the gradients of these terms, in one call, into results."""
+    if not late:
+        return
+    table: Table = ctx.table
+    number_of = {term.term: t for t, term in enumerate(late)}
+    stored = [e for e, t in enumerate(table.term) if ctx.modes[t] == "backward"]  # of saved["student"]
+    rows = [(i, e) for i, e in enumerate(stored) if table.term[e] in number_of]
+    scores, norm = saved["scores"]
+    _, _, grads = VERBS[ctx.backend].imitate(
+        [saved["student"][i] for i, _ in rows],
+        [saved["teacher"][i] for i, _ in rows],
+        scores,
+        norm,
+        [table.level[e] for _, e in rows],
+        [number_of[table.term[e]] for _, e in rows],
+        [table.scale[e] for _, e in rows],
+        [table.eps[e] for _, e in rows],
+        [table.loss[term.term] for term in late],
+        [term.weight for term in late],
+        [term.factor for term in late],
+        [table.temperature[term.term] for term in late],
+        [table.beta[term.term] for term in late],
+        [True] * len(late),
+        False,
+    )
+    for (_, e), grad in zip(rows, grads, strict=True):
+        results[e] = grad
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose own gradient is an error.
+
+    `once_differentiable` raises only where the upstream gradient requires a gradient itself; a gradient penalty beside
+    another loss would lose its gradient without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError("frs_kernels: the loss is differentiable once; its gradient has no gradient")
+
+
+def _once(grad: Tensor) -> Tensor:
+    result: Tensor = _Once.apply(grad.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return result
+
+
+def _save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
+    """save_for_backward by name. It refuses the tensors of a teacher run in inference_mode; those nobody can change."""
+    tensors = [t for group in named.values() for t in group]
+    ctx.sizes = {name: len(group) for name, group in named.items()}
+    ctx.inference = {}
+    if not torch.compiler.is_compiling():
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> dict[str, list[Any]]:
+    tensors = iter([ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)])
+    return {name: [next(tensors) for _ in range(size)] for name, size in ctx.sizes.items()}
+
+
+def imitation(call: Call, student: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`Imitation.apply`, typed."""
+    outputs: tuple[Tensor, ...] = Imitation.apply(call, *student)  # type: ignore[no-untyped-call]
+    return outputs

@@ -1,0 +1,86 @@
+"""The pointwise losses in plain PyTorch: the value of a student's x against a teacher's z, and its derivative by x.
+
+    mse         (x - z)^2                                           2 (x - z)
+    l1          |x - z|                                             sign(x - z)
+    smooth_l1   d^2 / (2 beta) where |d| < beta, else |d| - beta/2  d / beta, or sign(d)        d = x - z
+    bce         softplus(x) - x sigmoid(z)                          sigmoid(x) - sigmoid(z)
+    kl          bce(x, z) - bce(z, z)                               as bce
+
+A loss is one entry of LOSSES; every name, check and default elsewhere is read from it. docs/math.md derives the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ValueAndSlope = tuple[Tensor | None, Tensor]
+
+
+class Pointwise(NamedTuple):
+    """A loss: `at(x, z, beta, want_value)` is its value, None where it is not wanted, and its slope, element by element.
+
+    Both are new tensors, which the caller may change in place; x and z stay.
+    """
+
+    at: Callable[..., ValueAndSlope]
+    takes_logits: bool  # x and z are logits, which a temperature divides
+
+
+def mse(x: Tensor, z: Tensor, _: float, want_value: bool = True) -> ValueAndSlope:
+    d = x - z
+    return d.square() if want_value else None, d.mul_(2)
+
+
+def l1(x: Tensor, z: Tensor, _: float, want_value: bool = True) -> ValueAndSlope:
+    d = x - z
+    slope = torch.where(d.isnan(), d, d.sign())  # sign(NaN) is 0
+    return d.abs_() if want_value else None, slope
+
+
+def smooth_l1(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSlope:
+    """Both halves as one: with slope = d / beta, clamped to [-1, 1], the value is slope (d - slope beta / 2)."""
+    if beta == 0:
+        return l1(x, z, beta, want_value)
+    d = x - z
+    slope = (d / beta).clamp_(-1, 1)
+    return d.sub_(slope, alpha=beta / 2).mul_(slope) if want_value else None, slope
+
+
+def bce(x: Tensor, z: Tensor, _: float, want_value: bool = True) -> ValueAndSlope:
+    """Mirrored, so that the student is on the positive side, nothing cancels where logits saturate.
+
+    With tail = sigmoid(-|x|), and miss = sigmoid(-z), or sigmoid(z) where x < 0,
+
+        bce = softplus(-|x|) + |x| miss        slope = sign(x) (miss - tail)        softplus(-|x|) = -log(1 - tail)
+    """
+    flip = torch.copysign(x.new_ones(()), x).neg_()
+    near = x * flip
+    tail = torch.sigmoid(near)
+    miss = (z * flip).sigmoid_()
+    value = tail.neg().log1p_().addcmul_(near, miss).neg_() if want_value else None
+    return value, tail.sub_(miss).mul_(flip)
+
+
+def kl(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSlope:
+    value, slope = bce(x, z, beta, want_value)
+    if value is not None:
+        near = z.abs().neg_()
+        tail = torch.sigmoid(near)
+        value.add_(near.mul_(tail)).add_(tail.neg_().log1p_())
+    return value, slope
+
+
+LOSSES = {
+    "mse": Pointwise(mse, takes_logits=False),
+    "l1": Pointwise(l1, takes_logits=False),
+    "smooth_l1": Pointwise(smooth_l1, takes_logits=False),
+    "bce": Pointwise(bce, takes_logits=True),
+    "kl": Pointwise(kl, takes_logits=True),
+}
+FEAT_LOSSES = tuple(name for name, loss in LOSSES.items() if not loss.takes_logits)
+CLS_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.takes_logits)
