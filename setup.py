@@ -41,9 +41,10 @@ INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-NVCC_FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Compute capability: the first CUDA whose nvcc knows it. The last one known also goes in as PTX, for later GPUs.
-TARGETS = {80: (12, 0), 90: (12, 0), 100: (12, 8)}
+TARGETS = {80: (12, 0), 90: (12, 0), 100: (12, 8), 120: (12, 8)}
+PTX = 100  # for what has no binary of its own: a later one could not serve the 110s
 
 CHOICES = ("auto", "cpu", "cuda", "none")
 CHOICE = os.environ.get("FRS_BUILD") or "auto"
@@ -173,16 +174,17 @@ def libtorch_cpu(torch: Torch) -> list[str]:
 def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
     nvcc = find_nvcc(torch)
     known = [target for target, first in TARGETS.items() if version(nvcc.version) >= first]
-    targets = [f"sm_{target}" for target in known] + [f"compute_{known[-1]}"]
+    portable = max(target for target in known if target <= PTX)
+    targets = [f"sm_{target}" for target in known] + [f"compute_{portable}"]
     if len(known) < len(TARGETS):
-        print(f"frs_kernels: CUDA {nvcc.version} builds {', '.join(targets)} only; CUDA 12.8 or later also sm_100")
+        print(f"frs_kernels: CUDA {nvcc.version} builds {', '.join(targets)} only; CUDA 12.8 or later also sm_100, sm_120")
     host = next(word for word in reversed(cxx.command) if not word.startswith("-"))  # of "ccache g++ -m64", g++
     command = [*nvcc.command, "-ccbin", host, *NVCC_FLAGS]
     for target in known:
-        codes = f"[sm_{target},compute_{target}]" if target == known[-1] else f"sm_{target}"
+        codes = f"[sm_{target},compute_{target}]" if target == portable else f"sm_{target}"
         command += ["-gencode", f"arch=compute_{target},code={codes}"]
     compiler = f"nvcc {nvcc.version}, {cxx.version}"
-    objects = [Object(f"cuda.{verb}", CSRC / "cuda" / f"{verb}.cu", command, compiler) for verb in VERBS]
+    objects = [Object(f"cuda.{verb}", CSRC / "cuda" / f"{verb}.cu", command, compiler) for verb in (*VERBS, "distill")]
     objects.append(glue("cuda", torch, cxx, "ops.cpp", "-DUSE_CUDA"))
     # A torch without CUDA has no libtorch_cuda to link with, and only the name is needed: an empty library has it.
     stub = make("libtorch_cuda.so", [*cxx.command, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull])

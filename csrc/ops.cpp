@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -102,11 +101,6 @@ void require_number(const char* verb, const Tensor& factor, const Tensor& like) 
 }
 
 int64_t positions(const Tensor& level) { return level.size(0) * level.size(2) * level.size(3); }
-
-int64_t positions(const Tensors& levels) {
-  return std::accumulate(levels.begin(), levels.end(), int64_t{0},
-                         [](int64_t sum, const Tensor& level) { return sum + positions(level); });
-}
 
 // The stride of an axis of size 1 is arbitrary, so that of the positions is taken from the axes that count.
 View view(const Tensor& t, const void* data) {

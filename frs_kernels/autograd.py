@@ -56,16 +56,13 @@ class Imitation(torch.autograd.Function):
         else:
             total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
         ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
-        ctx.want_values, ctx.spent = call.want_values, False
-        late = [e for e, t in enumerate(table.term) if call.modes[t] == "backward"]
-        _save(
-            ctx,
-            grads=grads,
-            scores=[scores, norm] if late else [],
-            factor=call.factor if late else [],
-            student=[student[e] for e in late],
-            teacher=[call.teacher[e] for e in late],
-        )
+        ctx.spent = False
+        late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
+        if late:
+            inputs = [[student[e] for e in late], [call.teacher[e] for e in late]]
+            _save(ctx, grads=grads, scores=[scores, norm], factor=call.factor, student=inputs[0], teacher=inputs[1])
+        else:
+            _save(ctx, grads=grads)
         ctx.set_materialize_grads(False)
         if not call.want_values:
             return (total,)
@@ -77,11 +74,11 @@ class Imitation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (None, *_gradients(ctx, loss_grad, value_grads))
         with torch.no_grad():
             results = _gradients(ctx, loss_grad, value_grads)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            results = [None if g is None else _once(g) for g in results]
-        return (None, *results)
+        return (None, *(None if g is None else _once(g) for g in results))
 
 
 def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -93,15 +90,15 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
         )
     table: Table = ctx.table
     saved = _saved(ctx)
-    of_terms = value_grads[: len(table.loss)] if ctx.want_values else [None] * len(table.loss)
+    of_terms = value_grads or (None,) * len(table.loss)
     results: list[Tensor | None] = [None] * len(table.term)
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
     late: list[_Late] = []
-    kept = iter(saved["grads"])
+    kept = saved["grads"]
     for t, mode in enumerate(ctx.modes):
-        entries = table.entries_of(t)
+        entries = table.entries[t]
         if mode == "forward":
-            grads = [next(kept) for _ in entries]
+            grads, kept = kept[: len(entries)], kept[len(entries) :]
             factor = _kept_factor(loss_grad, of_terms[t], ctx.weight[t])
             if factor is None:
                 continue
@@ -118,10 +115,11 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
         elif mode == "backward":
             late.append(_late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, of_terms[t]))
     _imitate_late(ctx, saved, [term for term in late if term is not None], results)
-    ctx.spent = bool(saved["grads"]) and not torch.compiler.is_compiling()
+    ctx.spent = len(saved["grads"]) > 0 and not torch.compiler.is_compiling()
     for factor, grads in to_scale:
         VERBS[ctx.backend].scale_(grads, factor)
-    return [g if wanted else None for g, wanted in zip(results, ctx.needs_input_grad[1:], strict=True)]
+    wanted = ctx.needs_input_grad[1:]
+    return results if all(wanted) else [g if want else None for g, want in zip(results, wanted, strict=True)]
 
 
 def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor | None, weight: float) -> Tensor | None:
@@ -154,13 +152,13 @@ def _late_term(
     return _Late(term, 1.0, upstream * weight + value_grad)
 
 
-def _imitate_late(ctx: Any, saved: dict[str, list[Any]], late: list[_Late], results: list[Tensor | None]) -> None:
+def _imitate_late(ctx: Any, saved: dict[str, Sequence[Any]], late: list[_Late], results: list[Tensor | None]) -> None:
     """Compute the gradients of these terms, in one call, into results."""
     if not late:
         return
     table: Table = ctx.table
     number_of = {term.term: t for t, term in enumerate(late)}
-    stored = [e for e, t in enumerate(table.term) if ctx.modes[t] == "backward"]  # of saved["student"]
+    stored = [e for t, entries in enumerate(table.entries) if ctx.modes[t] == "backward" for e in entries]
     rows = [(i, e) for i, e in enumerate(stored) if table.term[e] in number_of]
     scores, norm = saved["scores"]
     _, _, grads = VERBS[ctx.backend].imitate(
@@ -207,17 +205,24 @@ def _once(grad: Tensor) -> Tensor:
 
 def _save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
     """save_for_backward by name. It refuses the tensors of a teacher run in inference_mode; those nobody can change."""
-    tensors = [t for group in named.values() for t in group]
     ctx.sizes = {name: len(group) for name, group in named.items()}
+    tensors = [t for group in named.values() for t in group]
     ctx.inference = {}
-    if not torch.compiler.is_compiling():
+    if len(named) > 1 and not torch.compiler.is_compiling():  # gradients, which are new, are none
         ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+        tensors = [None if i in ctx.inference else t for i, t in enumerate(tensors)]
+    ctx.save_for_backward(*tensors)
 
 
-def _saved(ctx: Any) -> dict[str, list[Any]]:
-    tensors = iter([ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)])
-    return {name: [next(tensors) for _ in range(size)] for name, size in ctx.sizes.items()}
+def _saved(ctx: Any) -> dict[str, Sequence[Any]]:
+    tensors = ctx.saved_tensors
+    if ctx.inference:
+        tensors = [ctx.inference.get(i, t) for i, t in enumerate(tensors)]
+    named, first = {}, 0
+    for name, size in ctx.sizes.items():
+        named[name] = tensors[first : first + size]
+        first += size
+    return named
 
 
 def imitation(call: Call, student: Sequence[Tensor]) -> tuple[Tensor, ...]:

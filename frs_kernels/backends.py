@@ -50,27 +50,27 @@ def _why_not_native(backend: str, device_type: str) -> str | None:
         return reason
     if device_type != backend:
         return f"it takes {backend!r} tensors, not {device_type!r} ones; move them there or use backend='auto'"
-    if backend == "cuda":
-        oldest, gpu = native.oldest_gpu(), _capability()
-        if gpu < oldest:
-            return f"it was compiled for GPUs from sm_{oldest} on, this one is sm_{gpu}; use backend='auto'"
-    return None
+    return _why_no_gpu() if backend == "cuda" else None
 
 
 @functools.cache
-def _oldest_gpu() -> int:
-    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    return min(10 * major + minor for major, minor in capabilities)
+def _why_no_code() -> str | None:
+    """Why the CUDA library has no code for a GPU in sight, if it has none."""
+    driver = torch._C._cuda_getDriverVersion()
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if (reason := native.why_no_code(10 * major + minor, driver)) is not None:
+            return reason
+    return None
 
 
-def _capability() -> int:
-    """The compute capability of the oldest GPU in sight, as in sm_90."""
-    return _oldest_gpu()
+def _why_no_gpu() -> str | None:
+    return _why_no_code()
 
 
 # torch.compile takes the result and does not look inside, at CUDA calls and a cache. This is all that
 # torch.compiler.assume_constant_result does, but that imports the whole compiler first.
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_no_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(backend: str, device_type: str) -> str:

@@ -70,6 +70,33 @@ def targets(name: str) -> list[str]:
     return found
 
 
-def oldest_gpu() -> int:
-    """The least compute capability that the CUDA library runs on, as in sm_80."""
-    return min(int(target.removeprefix("sm_")) for target in targets("cuda") if target.startswith("sm_"))
+def why_no_code(capability: int, driver: int) -> str | None:
+    """None if the CUDA library has code that a GPU can run, else the reason.
+
+    Args:
+        capability: of the GPU, as in sm_90.
+        driver: the CUDA release of its driver, as in 13020 for 13.2.
+
+    A binary serves later GPUs of its generation; PTX, which the driver compiles if it is not older than the compiler,
+    serves all later ones.
+    """
+    binaries, ptx = _numbers("sm_"), _numbers("compute_")
+    if any(b // 10 == capability // 10 and b <= capability for b in binaries):
+        return None
+    if capability < min((*binaries, *ptx), default=0):
+        oldest = min((*binaries, *ptx))
+        return f"it was compiled for GPUs from sm_{oldest} on, this one is sm_{capability}; use backend='auto'"
+    compiler = str(RECORD.get("cuda", {}).get("cuda", "0.0"))
+    major, minor = _major_minor(compiler)
+    if not any(p <= capability for p in ptx):
+        return f"it has no code for sm_{capability} ({', '.join(targets('cuda'))}); {_REINSTALL}"
+    if driver < 1000 * major + 10 * minor:
+        return (
+            f"for sm_{capability} the driver has to compile it, and the driver is of CUDA {driver // 1000}."
+            f"{driver % 1000 // 10}, the library of CUDA {compiler}; update the driver"
+        )
+    return None
+
+
+def _numbers(prefix: str) -> list[int]:
+    return [int(target.removeprefix(prefix)) for target in targets("cuda") if target.startswith(prefix)]

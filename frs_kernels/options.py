@@ -95,9 +95,7 @@ class Table(NamedTuple):
     loss: tuple[str, ...]
     temperature: tuple[float, ...]
     beta: tuple[float, ...]
-
-    def entries_of(self, term: int) -> list[int]:
-        return [e for e, t in enumerate(self.term) if t == term]
+    entries: tuple[range, ...]  # of each term
 
 
 def make_table(options: Options, losses: tuple[str, ...], levels: int, channels: tuple[int, ...]) -> Table:
@@ -117,6 +115,7 @@ def make_table(options: Options, losses: tuple[str, ...], levels: int, channels:
         losses,
         (float(options.temperature),) * len(losses),
         (float(options.beta),) * len(losses),
+        tuple(range(t * levels, (t + 1) * levels) for t in range(len(losses))),
     )
 
 

@@ -158,9 +158,10 @@ def test_a_gpu_too_old_for_the_cuda_library_is_another_backends(monkeypatch, com
     monkeypatch.setitem(native.RECORD, "cuda", {"targets": ["sm_80", "sm_100", "compute_100"]})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "_HAS_CC", True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
-    backends._oldest_gpu.cache_clear()
+    backends._why_no_code.cache_clear()
 
     def choose(x: torch.Tensor) -> tuple[torch.Tensor, str, str | None]:
         return x + 1, backends.choose("auto", "cuda"), backends.why_not("cuda", "cuda")
@@ -169,7 +170,26 @@ def test_a_gpu_too_old_for_the_cuda_library_is_another_backends(monkeypatch, com
     try:
         _, name, reason = function(torch.zeros(()))
     finally:
-        backends._oldest_gpu.cache_clear()
+        backends._why_no_code.cache_clear()
     assert name == chosen
     expected = "it was compiled for GPUs from sm_80 on, this one is sm_75; use backend='auto'"
     assert reason == (None if chosen == "cuda" else expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "words"),
+    [
+        (80, 12000, None),
+        (89, 12000, None),  # the binary of sm_80
+        (103, 13000, None),
+        (110, 13000, None),  # the PTX of compute_100
+        (110, 12080, "the driver is of CUDA 12.8, the library of CUDA 13.0; update the driver"),
+        (75, 13000, "compiled for GPUs from sm_80 on, this one is sm_75"),
+        (90, 13000, "it has no code for sm_90"),
+    ],
+)
+def test_what_the_cuda_library_has_no_code_for_is_told_before_a_launch(monkeypatch, capability, driver, words):
+    targets = ["sm_80", "sm_100", "compute_100"]
+    monkeypatch.setitem(native.RECORD, "cuda", {"targets": targets, "cuda": "13.0"})
+    reason = native.why_no_code(capability, driver)
+    assert reason is None if words is None else words in reason

@@ -1,7 +1,7 @@
-// The levels of one launch, by value in the kernel's parameters, and how a level is cut into tiles.
+// The rows of one launch's table, by value in the kernel's parameters, and where their numbers lie in memory.
 //
-// A level is walked in rows: planar, a row is a channel and its columns are positions; interleaved (channels innermost
-// in memory), a row is a position and its columns are channels. Blocks are numbered level after level.
+// A tensor is walked in lines: planar, a line is a channel and its columns are positions; interleaved (channels
+// innermost in memory), a line is a position and its columns are channels. Blocks are numbered row after row.
 #pragma once
 
 #include <algorithm>
@@ -11,22 +11,22 @@
 
 namespace frs::cuda {
 
-constexpr uint32_t MAX_LEVELS = 16;  // keeps the parameters below 4 KB, all that drivers before CUDA 12.1 take
+constexpr uint32_t MAX_ROWS = 16;  // keeps the parameters below 4 KB, all that drivers before CUDA 12.1 take
 
 template <class E>
 struct Table {
-  E levels[MAX_LEVELS];
-  uint32_t starts[MAX_LEVELS + 1];  // first block of a level, then the number of blocks
+  E rows[MAX_ROWS];
+  uint32_t starts[MAX_ROWS + 1];  // first block of a row, then the number of blocks
   uint32_t count;
 };
 constexpr int64_t PARAMETER_BYTES = 4096;
 
-// The level of a block, or `count` in the one block that a launch without any work has.
+// The row of a block, or `count` in the one block that a launch without any work has.
 template <class E>
-__device__ __forceinline__ uint32_t find_level(const Table<E>& table, uint32_t block) {
-  uint32_t level = 0;
-  while (level < table.count && block >= table.starts[level + 1]) ++level;
-  return level;
+__device__ __forceinline__ uint32_t find_row(const Table<E>& table, uint32_t block) {
+  uint32_t row = 0;
+  while (row < table.count && block >= table.starts[row + 1]) ++row;
+  return row;
 }
 
 struct Operand {
@@ -41,7 +41,7 @@ __device__ __forceinline__ int64_t position_offset(const Operand& operand, uint3
   return p / width * operand.h + p % width * operand.w;
 }
 
-// n / d for n, d < 2^16, given divider(d): a multiplication.
+// n / d for n < 2^16, given divider(d): a multiplication.
 inline uint32_t divider(uint32_t d) { return d == 1 ? 0 : UINT32_MAX / d + 1; }
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t divider) { return divider ? __umulhi(n, divider) : n; }
 
@@ -59,32 +59,35 @@ inline Operand operand_of(const View& view, bool has_positions) {
   return {view.data, view.n, view.c, view.h, has_positions ? view.p : view.w, view.dtype};
 }
 
-// True if `width` neighbours in a row can be moved at once, wherever a row starts. The distance of rows has to fit in
-// 32 bits too, as wide walks multiply it by a row in one instruction.
+inline bool is_aligned(const View& view, int64_t width) {
+  return reinterpret_cast<uintptr_t>(view.data) % (width * bytes_of(view.dtype)) == 0;
+}
+
+// True if `width` neighbours in a line can be moved at once, wherever a line starts. Wide walks step from line to line
+// with 32 bits, up to 64 lines at once.
 inline bool is_wide(const Level& level, const View& view, int64_t width) {
   if (view.data == nullptr) return true;
   if (view.p < 0) return false;
-  const int64_t bytes = width * bytes_of(view.dtype);
   const bool i = level.interleaved;
-  const int64_t length = i ? level.c : level.positions(), rows = i ? level.positions() : level.c;
-  const int64_t step = i ? view.c : view.p, row = i ? view.p : view.c;
-  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && (step == 1 || length == 1) && length % width == 0 &&
-         (rows == 1 || (row % width == 0 && row <= INT32_MAX)) && (level.n == 1 || view.n % width == 0);
+  const int64_t length = i ? level.c : level.positions(), lines = i ? level.positions() : level.c;
+  const int64_t step = i ? view.c : view.p, line = i ? view.p : view.c;
+  return is_aligned(view, width) && (step == 1 || length == 1) && length % width == 0 &&
+         (lines == 1 || (line % width == 0 && line >= 0 && line <= UINT32_MAX / 64 / bytes_of(view.dtype))) &&
+         (level.n == 1 || view.n % width == 0);
+}
+
+// True if an image is one run of numbers, channel after channel, that can be moved `width` at once.
+inline bool is_flat(const Level& level, const View& view, int64_t width) {
+  if (view.data == nullptr) return true;
+  const int64_t positions = level.positions();
+  return !level.interleaved && is_aligned(view, width) && (view.p == 1 || positions == 1) &&
+         (level.c == 1 || view.c == positions) && level.c * positions % width == 0 &&
+         (level.n == 1 || view.n % width == 0);
 }
 
 inline void check_sizes(const Level& level, const char* verb) {
   if (level.positions() > INT32_MAX || level.c > INT32_MAX || level.n > INT32_MAX)
     throw std::runtime_error(std::string("frs_kernels ") + verb + ": a level of more than 2^31 positions or channels");
-}
-
-// The levels of a verb in groups of MAX_LEVELS, one launch each; one group where there is no level at all.
-template <class F>
-void each_group(int64_t count, const F& f) {
-  int64_t first = 0;
-  do {
-    f(first, std::min<int64_t>(count - first, MAX_LEVELS));
-    first += MAX_LEVELS;
-  } while (first < count);
 }
 
 }  // namespace frs::cuda

@@ -63,6 +63,18 @@ __device__ __forceinline__ void store(T* to, const Packet<T, V>& packet) {
   __stcs(reinterpret_cast<W*>(to), word);
 }
 
+// The larger number; a NaN if one of them is, which fmax would drop.
+__device__ __forceinline__ double larger(double a, double b) { return b > a || b != b ? b : a; }
+__device__ __forceinline__ float larger(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+#else
+  return b > a || b != b ? b : a;
+#endif
+}
+
 __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(bf16 v) { return __bfloat162float(v); }
@@ -89,6 +101,26 @@ struct Narrow<f16> {
   static __device__ __forceinline__ f16 of(float v) { return __float2half_rn(v); }
   static __device__ __forceinline__ f16 of(double v) { return __double2half(v); }
 };
+
+// The same of two numbers at once, in one word.
+template <class T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t c;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  else
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+#else
+  T x[2], y[2];
+  memcpy(x, &a, 4), memcpy(y, &b, 4);
+  for (int i = 0; i < 2; ++i)
+    if (const float v = widen(y[i]); v > widen(x[i]) || v != v) x[i] = y[i];
+  memcpy(&a, x, 4);
+  return a;
+#endif
+}
 
 // Two at once: one conversion instruction, where two and a merge are three.
 __device__ __forceinline__ void narrow_pair(float a, float b, bf16* to) {
@@ -154,6 +186,23 @@ struct Held {
   }
 
   __device__ __forceinline__ Packet<Element, V> packet() const { return unpack<Element, V>(word); }
+
+  // As what is computed in. A bf16 is the upper half of a float: of a word of two, one takes a shift, one a mask.
+  __device__ __forceinline__ void widen_to(A (&to)[V]) const {
+    if constexpr (std::is_same_v<T, bf16> && V > 1) {
+      uint32_t words[V / 2];
+      memcpy(words, &word, sizeof(words));
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) {
+        to[2 * i] = __uint_as_float(words[i] << 16);
+        to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    } else {
+      const auto numbers = packet();
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[i] = widen(numbers.at[i]);
+    }
+  }
 };
 
 template <class T, class A, int V>

@@ -84,7 +84,7 @@ void scale(const Scale& call, void* stream) {
     // 8 blocks are all that a multiprocessor holds at once by the kernel's registers
     const int64_t useful = (bytes + 16 * cuda::THREADS * cuda::UNROLL - 1) / (16 * cuda::THREADS * cuda::UNROLL);
     cuda::launch("scale_", cuda::scale_kernel, std::min<int64_t>(useful, 8 * cuda::multiprocessors("scale_")), stream,
-                 table);
+                 cuda::Begin::after_previous, table);
   }
 }
 

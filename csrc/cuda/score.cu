@@ -1,31 +1,35 @@
 // score: S_p = max_k sigmoid(z_pk) = sigmoid(max_k z_pk), and each level's mass M_l = sum_p S_p.
 //
-// A block takes a few positions and all their K logits: its threads are `units` of positions times `lanes` along K.
-// Each thread keeps the maximum of its share of K, the lanes meet in shared memory. A NaN comes through the maximum.
+// A block takes some positions and all their K logits: its threads are `units` of positions times `lanes` along K. Each
+// thread keeps the maximum of its share of K; the lanes meet by shuffles and, of several warps, in shared memory. A NaN
+// comes through the maximum. 16-bit logits are compared two at once, as they are.
 //
-//     planar          a unit is V positions, a lane takes every lanes-th channel       8 units of 16 lanes for K >= 16
-//     interleaved     a unit is one position, a lane takes every lanes-th V channels   16 units of 8 lanes
+//     planar          a unit is V positions, a lane takes every lanes-th channel
+//     interleaved     a unit is one position, a lane takes every lanes-th V channels
 //
-// Eight units of 16 bytes are one line of memory. More of them would leave the coarse levels to a few long blocks: with
-// 16 lanes, 720 logits are 45 loads a thread, six rounds of 8.
+// Where one lane takes all of K (an RPN's objectness), a block takes several units of positions a thread.
 #include <cmath>
 
 #include "slots.cuh"
+#include "verbs.cuh"
 
 namespace frs {
 namespace cuda {
 namespace {
 
-struct ScoreLevel {
+constexpr uint32_t FEW = 4;  // channels that one thread takes
+
+struct ScoreRow {
   Operand logits;
   int64_t first;
   uint32_t channels, positions;
   uint32_t width;      // to split positions by, or 0
   uint32_t tiles;      // blocks an image
+  uint32_t rounds;     // units that a thread takes, where it takes all channels
   uint32_t log_lanes;  // THREADS = units * lanes
-  bool interleaved, wide;
+  bool interleaved, wide, by_five;
 };
-using ScoreTable = Table<ScoreLevel>;
+using ScoreTable = Table<ScoreRow>;
 
 struct ScoreOutput {
   void* scores;
@@ -34,87 +38,198 @@ struct ScoreOutput {
 };
 static_assert(sizeof(ScoreTable) + sizeof(ScoreOutput) <= PARAMETER_BYTES);
 
-template <class A>
-__device__ __forceinline__ A larger(A best, A z) {
-  return z > best || z != z ? z : best;  // fmax would drop a NaN
-}
-
-// The maxima of V positions (planar) or of one (interleaved: then over V channels) to `maxima`.
+// The largest so far of V numbers each, in the registers that the maximum works on.
 template <class T, class A, int V>
-__device__ __forceinline__ void lane_maxima(const ScoreLevel& level, uint32_t n, uint32_t p0, A* maxima) {
-  constexpr int UNROLL = V == 1 ? 16 : 8;  // loads in flight; 8 of 16 bytes are 32 registers
-  const uint32_t lanes = 1u << level.log_lanes, units = THREADS >> level.log_lanes;
-  const bool interleaved = level.interleaved;
-  const uint32_t unit = interleaved ? threadIdx.x >> level.log_lanes : threadIdx.x % units;
-  const uint32_t lane = interleaved ? threadIdx.x % lanes : threadIdx.x / units;
-  const uint32_t per_unit = interleaved ? 1 : V, per_step = interleaved ? V : 1;
-  const uint32_t p = p0 + unit * per_unit;
-  const uint32_t length = level.channels / per_step;
-  const int64_t step = lanes * per_step * level.logits.c;
+struct Top {
+  static constexpr bool PAIRS = sizeof(T) == 2 && V > 1;
+  static constexpr int SIZE = PAIRS ? V / 2 : V;
+  using Word = std::conditional_t<PAIRS, uint32_t, A>;
+  Word at[SIZE];
 
-  A best[V];
+  static __device__ __forceinline__ Word most(Word a, Word b) {
+    if constexpr (PAIRS)
+      return larger_pair<T>(a, b);
+    else
+      return larger(a, b);
+  }
+
+  __device__ __forceinline__ Top() {
+    constexpr uint32_t NOTHING = std::is_same_v<T, bf16> ? 0xff80ff80u : 0xfc00fc00u;  // minus infinity, twice
 #pragma unroll
-  for (int i = 0; i < V; ++i) best[i] = -INFINITY;
-  if (p < level.positions) {
-    int64_t at = n * level.logits.n + lane * per_step * level.logits.c + position_offset(level.logits, p, level.width);
-    for (uint32_t k = lane; k < length; k += UNROLL * lanes) {
-      Held<T, A, V> z[UNROLL];
+    for (int i = 0; i < SIZE; ++i)
+      if constexpr (PAIRS)
+        at[i] = NOTHING;
+      else
+        at[i] = -INFINITY;
+  }
+  __device__ __forceinline__ void take(const Held<T, A, V>& held) {
+    if constexpr (PAIRS) {
+      uint32_t words[SIZE];
+      memcpy(words, &held.word, sizeof(words));
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        // The first again where there are no more: the maximum does not mind.
-        const bool inside = k + u * lanes < length;
-        z[u].template fetch<Use::again>(level.logits.data, at + (inside ? u * step : 0), level.logits.dtype);
-      }
-      at += UNROLL * step;
+      for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], words[i]);
+    } else {
+      const auto packet = held.packet();
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        const auto packet = z[u].packet();
-#pragma unroll
-        for (int i = 0; i < V; ++i) best[i] = larger<A>(best[i], widen(packet.at[i]));
-      }
+      for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], A(widen(packet.at[i])));
     }
   }
-  A* to = maxima + (lane * units + unit) * per_unit;
-  if (interleaved) {
+  // With that of the lane `offset` threads on.
+  __device__ __forceinline__ void meet(uint32_t offset) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], __shfl_down_sync(0xffffffffu, at[i], offset));
+  }
+  __device__ __forceinline__ void widen_to(A (&to)[V]) const {
+    if constexpr (PAIRS) {
+      T numbers[V];
+      memcpy(numbers, at, sizeof(numbers));
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[i] = widen(numbers[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[i] = at[i];
+    }
+  }
+};
+
+// The maxima over the channels lane, lane + lanes, ... of the packet at `data`; `step` bytes lie between two of them.
+template <class T, class A, int V, int UNROLL>
+__device__ __forceinline__ Top<T, A, V> lane_maxima(const char* data, int64_t step, uint32_t k, uint32_t lanes,
+                                                    uint32_t length, DType dtype) {
+  Top<T, A, V> top;
+  Held<T, A, V> z[UNROLL];
+  for (; k + (UNROLL - 1) * lanes < length; k += UNROLL * lanes, data += UNROLL * step) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) z[u].template fetch<Use::again>(data + u * step, 0, dtype);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) top.take(z[u]);
+  }
+  if (k < length) {
+#pragma unroll
+    for (int u = 0; u < UNROLL - 1; ++u)  // the first again where there are no more: the maximum does not mind
+      z[u].template fetch<Use::again>(data + (k + u * lanes < length ? u * step : 0), 0, dtype);
+#pragma unroll
+    for (int u = 0; u < UNROLL - 1; ++u) top.take(z[u]);
+  }
+  return top;
+}
+
+// The sigmoids of `count` maxima, stored; their sum.
+template <class A>
+__device__ __forceinline__ double store_scores(A* scores, const A* maxima, uint32_t count) {
+  double sum = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    const A score = sigmoid(maxima[i]);
+    scores[i] = score;
+    sum += score;
+  }
+  return sum;
+}
+
+// Positions by the unit, channels shared out among lanes.
+template <class T, class A, int V>
+__device__ __forceinline__ double score_tile(const ScoreRow& row, const ScoreOutput& output, uint32_t tile) {
+  constexpr int UNROLL = V == 1 ? 16 : 8;
+  __shared__ A maxima[WARPS][WARP * V];
+  const uint32_t lanes = 1u << row.log_lanes, units = THREADS >> row.log_lanes;
+  const bool interleaved = row.interleaved;
+  const uint32_t unit = interleaved ? threadIdx.x >> row.log_lanes : threadIdx.x % units;
+  const uint32_t lane = interleaved ? threadIdx.x % lanes : threadIdx.x / units;
+  const uint32_t per_unit = interleaved ? 1 : V, per_step = interleaved ? V : 1;
+  const uint32_t n = tile / row.tiles, p0 = tile % row.tiles * units * per_unit;
+  const uint32_t p = p0 + unit * per_unit, length = row.channels / per_step;
+  const int64_t bytes = bytes_of(row.logits.dtype), step = per_step * row.logits.c * bytes;
+  Top<T, A, V> top;
+  if (p < row.positions) {
+    const char* data = static_cast<const char*>(row.logits.data) + lane * step +
+                       (n * row.logits.n + position_offset(row.logits, p, row.width)) * bytes;
+    const int64_t stride = V > 1 ? static_cast<int64_t>(static_cast<uint32_t>(lanes * step)) : lanes * step;
+    if (V > 1 && row.by_five)
+      top = lane_maxima<T, A, V, 5>(data, stride, lane, lanes, length, row.logits.dtype);
+    else
+      top = lane_maxima<T, A, V, UNROLL>(data, stride, lane, lanes, length, row.logits.dtype);
+  }
+  A* scores = static_cast<A*>(output.scores) + row.first + static_cast<int64_t>(n) * row.positions;
+  A best[V];
+  if (interleaved) {  // the lanes of a position are neighbours in a warp
+    for (uint32_t offset = lanes / 2; offset; offset /= 2) top.meet(offset);
+    top.widen_to(best);
 #pragma unroll
     for (int i = 1; i < V; ++i) best[0] = larger(best[0], best[i]);
-    to[0] = best[0];
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = best[i];
+    return lane == 0 && p < row.positions ? store_scores(scores + p, best, 1) : 0;
   }
+  // In a warp the lanes of a unit are `units` threads apart; where there are more units than threads, it has one lane.
+  for (uint32_t offset = WARP / 2; offset >= units; offset /= 2) top.meet(offset);
+  const uint32_t in_warp = min(units, WARP), warp = threadIdx.x / WARP;
+  top.widen_to(best);
+  if (threadIdx.x % WARP < in_warp) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) maxima[warp][threadIdx.x % WARP * V + i] = best[i];
+  }
+  __syncthreads();
+  // A warp's units are those of every (units / WARP)-th warp, or of all.
+  const uint32_t apart = max(units / WARP, 1u);
+  double sum = 0;
+  for (uint32_t i = threadIdx.x; i < units * V && p0 + i < row.positions; i += THREADS) {
+    const uint32_t of = i / V / WARP, at = i - of * WARP * V;
+    A most = maxima[of][at];
+    for (uint32_t w = of + apart; w < WARPS; w += apart) most = larger(most, maxima[w][at]);
+    sum += store_scores(scores + p0 + i, &most, 1);
+  }
+  return sum;
+}
+
+// Few channels: a thread takes all of a unit, and several units, two under way at once.
+template <class T, class A, int V>
+__device__ __forceinline__ double score_few(const ScoreRow& row, const ScoreOutput& output, uint32_t tile) {
+  const uint32_t n = tile / row.tiles, first = tile % row.tiles * row.rounds * THREADS + threadIdx.x;
+  const int64_t bytes = bytes_of(row.logits.dtype), step = row.logits.c * bytes;
+  const char* data = static_cast<const char*>(row.logits.data) + n * row.logits.n * bytes;
+  A* scores = static_cast<A*>(output.scores) + row.first + static_cast<int64_t>(n) * row.positions;
+  double sum = 0;
+  for (uint32_t round = 0; round < row.rounds; round += 2) {
+    Held<T, A, V> z[2][FEW];
+#pragma unroll
+    for (uint32_t r = 0; r < 2; ++r) {
+      const uint32_t p = (first + (round + r) * THREADS) * V;
+      if (p >= row.positions) continue;
+      const char* const at = data + position_offset(row.logits, p, row.width) * bytes;
+#pragma unroll
+      for (uint32_t k = 0; k < FEW; ++k)
+        z[r][k].template fetch<Use::again>(at + (k < row.channels ? k * step : 0), 0, row.logits.dtype);
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < 2; ++r) {
+      const uint32_t p = (first + (round + r) * THREADS) * V;
+      if (p >= row.positions) continue;
+      Top<T, A, V> top;
+#pragma unroll
+      for (uint32_t k = 0; k < FEW; ++k) top.take(z[r][k]);
+      A best[V];
+      top.widen_to(best);
+      sum += store_scores(scores + p, best, V);
+    }
+  }
+  return sum;
 }
 
 template <class T, class A, int V>
 __global__ void __launch_bounds__(THREADS, sizeof(A) == 4 ? 6 : 5)
     score_kernel(const __grid_constant__ ScoreTable table, const __grid_constant__ ScoreOutput output) {
-  __shared__ A maxima[THREADS * V];
-  const uint32_t index = find_level(table, blockIdx.x);
+  let_next_begin();
+  const uint32_t index = find_row(table, blockIdx.x);
   double sum = 0;
   if (index < table.count) {
-    const ScoreLevel& level = table.levels[index];
+    const ScoreRow& row = table.rows[index];
     const uint32_t tile = blockIdx.x - table.starts[index];
-    const uint32_t n = tile / level.tiles;
-    const uint32_t lanes = 1u << level.log_lanes;
-    const uint32_t size = (THREADS >> level.log_lanes) * (level.interleaved || !level.wide ? 1 : V);
-    const uint32_t p0 = tile % level.tiles * size;
-    if (V > 1 && level.wide)
-      lane_maxima<T, A, V>(level, n, p0, maxima);
+    if (row.rounds)
+      sum = V > 1 && row.wide ? score_few<T, A, V>(row, output, tile) : score_few<T, A, 1>(row, output, tile);
     else
-      lane_maxima<T, A, 1>(level, n, p0, maxima);
-    __syncthreads();
-    A* scores = static_cast<A*>(output.scores) + level.first + static_cast<int64_t>(n) * level.positions + p0;
-    for (uint32_t i = threadIdx.x; i < size && i < level.positions - p0; i += THREADS) {
-      A best = maxima[i];
-      for (uint32_t lane = 1; lane < lanes; ++lane) best = larger(best, maxima[lane * size + i]);
-      const A score = sigmoid(best);
-      scores[i] = score;
-      sum += score;
-    }
+      sum = V > 1 && row.wide ? score_tile<T, A, V>(row, output, tile) : score_tile<T, A, 1>(row, output, tile);
   }
   if (!store_partial(output.workspace, blockIdx.x, sum)) return;
-  sum_levels(output.workspace, table,
-             [&](uint32_t i, double s) { static_cast<A*>(output.mass)[i] = static_cast<A>(s); });
+  sum_rows(output.workspace, table,
+           [&](uint32_t i, double s) { static_cast<A*>(output.mass)[i] = static_cast<A>(s); });
 }
 
 using Kernel = void (*)(ScoreTable, ScoreOutput);
@@ -136,41 +251,70 @@ Kernel kernel_of(const Score& call, int& width) {
   }
 }
 
-uint32_t log_lanes_of(const Level& level, int width) {
-  const uint32_t length = level.interleaved ? cdiv(level.c, width) : level.c;
-  // Interleaved, 8 lanes of 16 bytes are a line of memory. Of K <= 4, an RPN's objectness, a thread takes all: its
-  // neighbours read the same lines.
-  const uint32_t planar = width > 1 ? THREADS / 8 : THREADS / 16, interleaved = width > 1 ? 8 : length > 4 ? 32 : 1;
-  const uint32_t most = level.interleaved ? interleaved : planar;
+// How a level is shared out. Lanes: as many as leave a thread some five or eight loads, at most a warp's; twice as many
+// as long as the whole launch has fewer than two blocks a multiprocessor.
+struct Shares {
+  uint32_t log_lanes, tiles, rounds;
+  bool wide, by_five;
+};
+
+Shares shares_of(const Level& level, int widest, uint32_t at_least_lanes) {
+  const bool wide = widest > 1 && !is_empty(level) && is_wide(level, level.teacher, widest);
+  const int64_t width = wide ? widest : 1, positions = level.positions();
+  if (level.c <= FEW && (!level.interleaved || !wide)) {
+    const int64_t units = cdiv(positions, width), blocks = cdiv(units * level.n, THREADS);
+    const auto rounds = static_cast<uint32_t>(std::clamp<int64_t>(blocks / BLOCKS, 1, 4) * 2);
+    return {0, cdiv(units, rounds * THREADS), rounds, wide, false};
+  }
+  const int64_t length = level.interleaved ? level.c / width : level.c;
+  const uint32_t most = std::min(WARP, THREADS);
+  uint32_t lanes = 1;
+  const auto more = [&] {
+    if (lanes >= most) return false;
+    if (lanes < at_least_lanes) return lanes < length;
+    return lanes < 16 && lanes * (level.interleaved ? 5 : 10) < length;
+  };
+  while (more()) lanes *= 2;
   uint32_t log = 0;
-  while ((2u << log) <= most && (1u << log) < length) ++log;
-  return log;
+  while ((1u << log) < lanes) ++log;
+  const int64_t loads = (length + lanes - 1) / lanes;
+  const bool by_five = loads <= 10 && (loads + 4) / 5 * 5 < (loads + 7) / 8 * 8;
+  const uint32_t size = (THREADS >> log) * (level.interleaved ? 1 : static_cast<uint32_t>(width));
+  return {log, cdiv(positions, size), 0, wide, by_five};
+}
+
+int64_t blocks_of(const Level* levels, int64_t count, int widest, uint32_t lanes) {
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < count; ++i)
+    blocks += is_empty(levels[i]) ? 0 : levels[i].n * shares_of(levels[i], widest, lanes).tiles;
+  return blocks;
 }
 
 // Fills the table, if there is one, for kernels that move `widest` numbers at once; returns the number of blocks.
 int64_t plan(const Level* levels, int64_t count, int widest, ScoreTable* table) {
+  uint32_t lanes = 1;
+  while (lanes < WARP && blocks_of(levels, count, widest, lanes) < cdiv(BLOCKS, 8)) lanes *= 2;
   int64_t blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Level& level = levels[i];
     check_sizes(level, "score");
-    const bool wide = widest > 1 && !is_empty(level) && is_wide(level, level.teacher, widest);
-    const uint32_t log_lanes = log_lanes_of(level, wide ? widest : 1);
-    const uint32_t size = (THREADS >> log_lanes) * (wide && !level.interleaved ? widest : 1);
-    const uint32_t tiles = cdiv(level.positions(), size);
+    const Shares shares = shares_of(level, widest, lanes);
     if (table) {
       table->starts[i] = static_cast<uint32_t>(blocks);
       const bool split = !has_positions(level.teacher);
-      table->levels[i] = {operand_of(level.teacher, !split),
-                          level.first,
-                          static_cast<uint32_t>(level.c),
-                          static_cast<uint32_t>(level.positions()),
-                          split ? static_cast<uint32_t>(level.w) : 0,
-                          tiles,
-                          log_lanes,
-                          level.interleaved,
-                          wide};
+      table->rows[i] = {operand_of(level.teacher, !split),
+                        level.first,
+                        static_cast<uint32_t>(level.c),
+                        static_cast<uint32_t>(level.positions()),
+                        split ? static_cast<uint32_t>(level.w) : 0,
+                        shares.tiles,
+                        shares.rounds,
+                        shares.log_lanes,
+                        level.interleaved,
+                        shares.wide,
+                        shares.by_five};
     }
-    blocks += is_empty(level) ? 0 : level.n * tiles;
+    blocks += is_empty(level) ? 0 : level.n * shares.tiles;
   }
   if (table) {
     table->starts[count] = static_cast<uint32_t>(blocks);
@@ -179,31 +323,43 @@ int64_t plan(const Level* levels, int64_t count, int widest, ScoreTable* table) 
   return std::max<int64_t>(blocks, 1);  // levels without any position still have a mass, 0
 }
 
-}  // namespace
-}  // namespace cuda
-
-int64_t score_workspace(const Score& call) {
-  int width;
-  cuda::kernel_of(call, width);
-  int64_t blocks = 1;
-  cuda::each_group(call.count, [&](int64_t first, int64_t count) {
-    blocks = std::max(blocks, cuda::plan(call.levels + first, count, width, nullptr));
-  });
-  return cuda::workspace_bytes(blocks);
+// Levels in groups of MAX_ROWS, one launch each.
+template <class F>
+void each_group(int64_t count, const F& f) {
+  for (int64_t first = 0; first < count; first += MAX_ROWS) f(first, std::min<int64_t>(count - first, MAX_ROWS));
 }
 
-void score(const Score& call, void* memory, void* stream) {
+}  // namespace
+
+int64_t score_blocks(const Score& call) {
   int width;
-  const cuda::Kernel kernel = cuda::kernel_of(call, width);
-  const cuda::Workspace workspace = cuda::workspace_at(memory);
-  const int64_t bytes = cuda::bytes_of(call.dtype);
-  cuda::each_group(call.count, [&](int64_t first, int64_t count) {
-    cuda::ScoreTable table{};
-    const int64_t blocks = cuda::plan(call.levels + first, count, width, &table);
-    cuda::reset(workspace, "score", stream);
-    cuda::launch("score", kernel, blocks, stream, table,
-                 cuda::ScoreOutput{call.scores, static_cast<char*>(call.mass) + first * bytes, workspace});
+  kernel_of(call, width);
+  int64_t blocks = 1;
+  each_group(call.count, [&](int64_t first, int64_t count) {
+    blocks = std::max(blocks, plan(call.levels + first, count, width, nullptr));
   });
+  return blocks;
+}
+
+void launch_score(const Score& call, const Workspace& workspace, void* stream) {
+  int width;
+  const Kernel kernel = kernel_of(call, width);
+  const int64_t bytes = bytes_of(call.dtype);
+  each_group(call.count, [&](int64_t first, int64_t count) {
+    ScoreTable table{};
+    const int64_t blocks = plan(call.levels + first, count, width, &table);
+    launch("score", kernel, blocks, stream, Begin::after_previous, table,
+           ScoreOutput{call.scores, static_cast<char*>(call.mass) + first * bytes, workspace});
+  });
+}
+
+}  // namespace cuda
+
+int64_t score_workspace(const Score& call) { return cuda::workspace_bytes(cuda::score_blocks(call), 0); }
+
+void score(const Score& call, void* memory, void* stream) {
+  cuda::reset(memory, 0, "score", stream);
+  cuda::launch_score(call, cuda::workspace_at(memory, 0), stream);
 }
 
 }  // namespace frs

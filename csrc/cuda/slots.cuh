@@ -1,7 +1,7 @@
 // Sums that come out bitwise the same every run, in the launch that makes them.
 //
 // Every block stores its partial sum in a slot of its own. The block that finishes last, known by an integer counter,
-// adds each level's slots in a fixed order, in fp64. No float atomics, no second launch.
+// adds the slots of each row of the table in a fixed order, in fp64. No float atomics, no second launch.
 #pragma once
 
 #include "levels.cuh"
@@ -9,28 +9,43 @@
 namespace frs::cuda {
 
 struct Workspace {
-  uint32_t* counter;  // zero when the launch starts
-  double* carry;      // the total of the launches before this one
-  double* slots;      // one a block
+  uint32_t* counter;  // zero when a launch starts; its last block puts it back
+  double* total;      // zero at first: what the launches of a call add up, beside the values of its terms
+  double* terms;
+  double* slots;  // one a block
 };
 
-constexpr int64_t HEAD_BYTES = 16;  // counter and carry
+// Counter, total and terms, in units of 16 bytes.
+inline int64_t head_bytes(int64_t terms) { return 16 + (terms + 1) / 2 * 16; }
 
-inline int64_t workspace_bytes(int64_t blocks) { return HEAD_BYTES + blocks * static_cast<int64_t>(sizeof(double)); }
-
-inline Workspace workspace_at(void* memory) {
-  auto* head = static_cast<double*>(memory);
-  return {static_cast<uint32_t*>(memory), head + 1, head + 2};
+inline int64_t workspace_bytes(int64_t blocks, int64_t terms) {
+  return head_bytes(terms) + blocks * static_cast<int64_t>(sizeof(double));
 }
 
-inline void reset(const Workspace& workspace, const char* verb, void* stream) {
-  check(cudaMemsetAsync(workspace.counter, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream)), verb);
+inline Workspace workspace_at(void* memory, int64_t terms) {
+  auto* head = static_cast<double*>(memory);
+  return {static_cast<uint32_t*>(memory), head + 1, head + 2, head + head_bytes(terms) / 8};
+}
+
+inline void reset(void* memory, int64_t terms, const char* verb, void* stream) {
+  check(cudaMemsetAsync(memory, 0, head_bytes(terms), static_cast<cudaStream_t>(stream)), verb);
 }
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
   for (int offset = WARP / 2; offset; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
   return value;  // in lane 0
+}
+
+// Counts this block, after what it has stored. A release alone: a full fence in every block would also empty its L1.
+__device__ __forceinline__ uint32_t count_block(uint32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  uint32_t before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  return atomicAdd(counter, 1u);
+#endif
 }
 
 // Stores the sum of the block's partials; true in the block that comes last, which then sees all slots.
@@ -44,41 +59,46 @@ __device__ __forceinline__ bool store_partial(const Workspace& workspace, uint32
     double sum = 0;
     for (uint32_t warp = 0; warp < WARPS; ++warp) sum += sums[warp];
     workspace.slots[block] = sum;
-    __threadfence();  // the slot before the count
-    is_last = atomicAdd(workspace.counter, 1u) == gridDim.x - 1;
+    is_last = count_block(workspace.counter) == gridDim.x - 1;
+    if (is_last) *workspace.counter = 0;
   }
   __syncthreads();
   if (is_last) __threadfence();  // the count before the reads of the others' slots
   return is_last;
 }
 
-// In the last block: the sum of every level's slots, given to write(level, sum) by one thread each. Returns the sum of
-// all of them in thread 0.
+// In the last block: the sums of the slots of every row of the table, given to write(row, sum) by a thread each, and
+// left in shared memory: sums[row].
 template <class E, class F>
-__device__ __forceinline__ double sum_levels(const Workspace& workspace, const Table<E>& table, const F& write) {
-  __shared__ double sums[MAX_LEVELS][WARPS];
-  for (uint32_t level = 0; level < table.count; ++level) {
+__device__ __forceinline__ const double* sum_rows(const Workspace& workspace, const Table<E>& table, const F& write) {
+  __shared__ double parts[MAX_ROWS][WARPS];
+  __shared__ double sums[MAX_ROWS];
+  for (uint32_t row = 0; row < table.count; ++row) {
     double sum = 0;
-    const uint32_t last = table.starts[level + 1];
-    // Unrolled: a thousand slots are 8 a thread, one trip to L2 instead of 8. __ldcg goes past L1, which may hold a
-    // line from before the others' stores.
-#pragma unroll 8
-    for (uint32_t slot = table.starts[level] + threadIdx.x; slot < last; slot += THREADS)
-      sum += __ldcg(workspace.slots + slot);
+    const uint32_t last = table.starts[row + 1];
+    // Eight under way before the first is added: 42,000 slots, a large batch, are 41 trips to L2 and not 330. __ldcg
+    // goes past L1, which may hold a line from before the others' stores.
+    constexpr uint32_t UNDER_WAY = 8;
+    for (uint32_t slot = table.starts[row] + threadIdx.x; slot < last; slot += UNDER_WAY * THREADS) {
+      double held[UNDER_WAY];
+#pragma unroll
+      for (uint32_t i = 0; i < UNDER_WAY; ++i)
+        held[i] = slot + i * THREADS < last ? __ldcg(workspace.slots + slot + i * THREADS) : 0;
+#pragma unroll
+      for (uint32_t i = 0; i < UNDER_WAY; ++i) sum += held[i];
+    }
     sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) sums[level][threadIdx.x / WARP] = sum;
+    if (threadIdx.x % WARP == 0) parts[row][threadIdx.x / WARP] = sum;
   }
   __syncthreads();
-  auto sum_of = [&](uint32_t level) {
+  if (threadIdx.x < table.count) {
     double sum = 0;
-    for (uint32_t warp = 0; warp < WARPS; ++warp) sum += sums[level][warp];
-    return sum;
-  };
-  if (threadIdx.x < table.count) write(threadIdx.x, sum_of(threadIdx.x));
-  double total = 0;
-  if (threadIdx.x == 0)
-    for (uint32_t level = 0; level < table.count; ++level) total += sum_of(level);
-  return total;
+    for (uint32_t warp = 0; warp < WARPS; ++warp) sum += parts[threadIdx.x][warp];
+    sums[threadIdx.x] = sum;
+    write(threadIdx.x, sum);
+  }
+  __syncthreads();
+  return sums;
 }
 
 }  // namespace frs::cuda

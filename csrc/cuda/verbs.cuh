@@ -1,0 +1,13 @@
+// What the verbs of this backend offer each other: a launch in a workspace that the caller has reset.
+#pragma once
+
+#include "slots.cuh"
+
+namespace frs::cuda {
+
+int64_t score_blocks(const Score&);
+int64_t imitate_blocks(const Imitate&);
+void launch_score(const Score&, const Workspace&, void* stream);
+void launch_imitate(const Imitate&, const Workspace&, void* stream, Begin begin);
+
+}  // namespace frs::cuda
