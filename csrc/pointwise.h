@@ -35,7 +35,8 @@ struct Pointwise {
   V value, slope;
 };
 
-// What is not the same for all V: |x|; exp(-a) for a >= 0; a / b for b in [1, 6]; log1p(e) for e in [0, 1]; and by the
+// What is not the same for all V: |x|; exp(-a) for a >= 0, and the same where it is called once a position; a / b for b in
+// [1, 6]; log1p(e) for e in [0, 1]; and by the
 // signs of the logits
 //     same_side(x, z, a, b)   a where x and z have the same sign, else b
 //     mirror(x, v)            v where x >= 0, else -v
@@ -63,6 +64,7 @@ struct Primitives<float> : BySign<float> {
     return ::exp2f(exponent);
 #endif
   }
+  static FRS_INLINE float exact_exp_neg(float a) { return ::expf(-a); }
   static FRS_INLINE float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
     float inverse;  // the divisor is in [1, 6]: no denormal to guard against
@@ -91,6 +93,7 @@ template <>
 struct Primitives<double> : BySign<double> {
   static FRS_INLINE double magnitude(double x) { return ::fabs(x); }
   static FRS_INLINE double exp_neg(double a) { return ::exp(-a); }
+  static FRS_INLINE double exact_exp_neg(double a) { return ::exp(-a); }
   static FRS_INLINE double quotient(double a, double b) { return a / b; }
   static FRS_INLINE double log1p(double e) { return ::log1p(e); }
 };
@@ -110,9 +113,10 @@ FRS_INLINE V quotient(V a, V b) {
   return Primitives<V>::quotient(a, b);
 }
 
+// Of one number a position, not a value: exp to the last ulps, also where all scores of a level are tiny.
 template <class V>
 FRS_INLINE V sigmoid(V x) {
-  const V e = exp_neg(magnitude(x));
+  const V e = Primitives<V>::exact_exp_neg(magnitude(x));
   return quotient<V>(x >= 0 ? 1.0f : e, 1.0f + e);
 }
 

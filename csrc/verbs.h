@@ -1,4 +1,4 @@
-// What ops.cpp hands to a backend: plain structs, checked and allocated, and the three verbs that take them.
+// What ops.cpp hands to a backend: plain structs, checked and allocated, and the verbs that take them.
 //
 //     score     S_p = max_k sigmoid(z_pk),  M_l = sum_p S_p
 //     imitate   value_e  = sum_p share_p sum_c value(x_pc, z_pc)   of an entry, share_p = scale S_p / (norm_l + eps)

@@ -89,6 +89,8 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
     return p * scale;
   }
 
+  static FRS_INLINE V exact_exp_neg(V a) { return exp_neg(a); }
+
   // With t = e / (2 + e) it is 2 atanh(t) = e - t (e - t^2 P(t^2)). P is fitted on t^2 in [0, 1/9] to 2^-27.7 relative;
   // the whole stays within 1.6 ulp, also where log(1 + e) would lose all digits. A CPU divides beside its
   // multiplications, which are what bce keeps busy (docs/design-notes.md).
