@@ -41,8 +41,9 @@ INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-NVCC_FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-# Compute capability: the first CUDA whose nvcc knows it. The last one known also goes in as PTX, for later GPUs.
+NVCC_FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["--threads=0", "-Xfatbin=-compress-all"]  # architectures side by side; a quarter of the size
+# Compute capability: the first CUDA whose nvcc knows it.
 TARGETS = {80: (12, 0), 90: (12, 0), 100: (12, 8), 120: (12, 8)}
 PTX = 100  # for what has no binary of its own: a later one could not serve the 110s
 
@@ -177,7 +178,8 @@ def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
     portable = max(target for target in known if target <= PTX)
     targets = [f"sm_{target}" for target in known] + [f"compute_{portable}"]
     if len(known) < len(TARGETS):
-        print(f"frs_kernels: CUDA {nvcc.version} builds {', '.join(targets)} only; CUDA 12.8 or later also sm_100, sm_120")
+        later = ", ".join(f"sm_{target}" for target in TARGETS if target not in known)
+        print(f"frs_kernels: CUDA {nvcc.version} builds {', '.join(targets)} only; CUDA 12.8 or later also {later}")
     host = next(word for word in reversed(cxx.command) if not word.startswith("-"))  # of "ccache g++ -m64", g++
     command = [*nvcc.command, "-ccbin", host, *NVCC_FLAGS]
     for target in known:

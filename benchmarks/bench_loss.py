@@ -12,26 +12,26 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from bench_host import CASE, measure_host
 from forms import authors_form, logits_form
 from grid import DTYPES, Case
 from measure import (
+    GRAPHED,
     Loss,
     Step,
     copies_of,
     copy_bandwidth,
     graph_seconds,
     interleaved,
-    launches,
     peak_extra,
     spread,
 )
+from model import predict
 from torch import Tensor
 
 import frs_kernels
 
 COMPILED = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
-SMALL = 1 << 25
-"""Bytes of a step below which a GPU's host time shows, so that it is timed by graph replay too."""
 
 
 def implementations(case: Case, device: str, compiled: Iterable[str]) -> dict[str, Loss]:
@@ -118,8 +118,8 @@ def measure_case(
             continue
         step = Step(loss, copies, case.scale)
         results[name]["peak_extra"] = peak_extra(step, device)
-        if device == "cuda" and case.bytes < SMALL:
-            results[name]["graph_seconds"] = graph_seconds(loss, copies, case.scale)
+        if device == "cuda" and case.bytes < GRAPHED and (runs := graph_seconds(loss, copies, case.scale)):
+            results[name]["graph"] = spread(runs)
         steps[name] = step
     del truth
     times = interleaved({**steps, "copy": bandwidth_step}, seconds)
@@ -139,6 +139,7 @@ def measure_case(
         "student_bytes": students,
         "positions": case.positions,
         "copy_bandwidth": bandwidth,
+        "model": predict(case, torch.cuda.get_device_name(), bandwidth) if device == "cuda" else None,
         "implementations": results,
     }
 
@@ -151,31 +152,6 @@ def measure_returned(case: Case, compiled: list[str], seconds: float) -> dict[st
 
 def _measure_alone(case: Case, compiled: list[str], seconds: float) -> dict[str, Any]:
     return measure_case(case, "cpu", compiled, seconds, copy_bandwidth("cpu"))
-
-
-def measure_host(device: str) -> dict[str, dict[str, float]]:
-    """Seconds and launches of a step on levels of one position: what a call costs before it computes anything."""
-    case = Case("gfl", 8, 8, 1)
-    copies = [case.inputs(device)]
-    steps = {name: Step(loss, copies, 1.0) for name, loss in implementations(case, device, ["torch.compile"]).items()}
-
-    def timed(step: Step) -> Callable[[], float]:
-        def run() -> float:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(10):
-                inputs = copies[0]
-                torch.autograd.grad(step.loss(*inputs), [*inputs[0], *inputs[2]])
-            return (time.perf_counter() - begin) / 10
-
-        return run
-
-    times = interleaved({name: timed(step) for name, step in steps.items()}, 5.0, least=9)
-    return {
-        name: {"seconds": spread(runs).median, "launches": launches(steps[name], device)}
-        for name, runs in times.items()
-    }
 
 
 def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
@@ -200,7 +176,7 @@ def run(
     seconds = 0.5 if quick else 3.0
     found: dict[str, Any] = {"cases": [], "host": {}}
     if advance("host time"):
-        found["host"] = measure_host(device)
+        found["host"] = measure_host(implementations(CASE, device, ["torch.compile"]), device)
     for case in cases:
         if advance(case.title):
             compiled = compiled_for(case, device, quick)

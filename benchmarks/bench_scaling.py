@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from forms import logits_form
 from grid import Case
-from measure import Loss, Step, copies_of, interleaved, spread
+from measure import GRAPHED, Loss, Spread, Step, copies_of, graph_seconds, interleaved, spread
 
 import frs_kernels
 
@@ -44,11 +44,15 @@ def losses(case: Case) -> dict[str, Loss]:
 def measure_sweep(points: dict[float, Case], device: str, seconds: float) -> dict[str, Any]:
     """Seconds of a step at each x, and the line through them: what one more of x costs, and what there is at none."""
     steps: dict[str, Callable[[], Any]] = {}
+    graphs: dict[str, Spread] = {}
     for x, case in points.items():
         copies = copies_of(lambda case=case: case.inputs(device), device)
-        steps |= {f"{name} @ {x}": Step(loss, copies, 1.0) for name, loss in losses(case).items()}
+        for name, loss in losses(case).items():
+            steps[f"{name} @ {x}"] = Step(loss, copies, 1.0)
+            if device == "cuda" and case.bytes < GRAPHED and (runs := graph_seconds(loss, copies, 1.0)):
+                graphs[f"{name} @ {x}"] = spread(runs)
     times = interleaved(steps, seconds)
-    medians = {name: spread([sum(run) for run in runs]) for name, runs in times.items()}
+    medians = {name: spread([sum(run) for run in runs]) for name, runs in times.items()} | graphs
     found: dict[str, Any] = {}
     for name in losses(next(iter(points.values()))):
         seconds_at = [medians[f"{name} @ {x}"] for x in points]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from grid import Case
-from report import OURS
+from report import OURS, seconds_of
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,7 @@ Timings = dict[tuple[str, str], tuple[float, float, float]]  # (case, implementa
 
 def timings(record: dict[str, Any]) -> Timings:
     return {
-        (Case(**measured["case"]).title, name): tuple(result.get("step", WRONG))
+        (Case(**measured["case"]).title, name): tuple(seconds_of(result)) if "step" in result else WRONG
         for measured in record["cases"]
         for name, result in measured["implementations"].items()
     }

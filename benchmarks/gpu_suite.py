@@ -8,7 +8,8 @@ Triton's compiler at once. Writes suite.log, suite.json and the benchmarks' resu
 
 Where other parts are to come, tests and sanitizer take no more than their share of the time; a part that is cut off is
 reported as such, and what it had written stays. The benchmarks begin no case that they are not likely to end.
-`profile`, only on demand, has ncu count what each kernel of a step moves and waits for. With --dry-run, on a machine
+The benchmarks' loss.json holds beside each measured time what benchmarks/model.py predicts. `profile`, only on demand,
+has ncu count what each kernel of a step moves, issues and waits for. With --dry-run, on a machine
 without a GPU, each part goes through what can be gone through there: the build, the collection of the tests marked
 `gpu`, and the benchmark on the CPU.
 """
@@ -67,7 +68,8 @@ for regime in ("retinanet", "gfl", "faster_rcnn"):
 METRICS = (
     "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "sm__inst_executed.avg.per_cycle_active", "launch__registers_per_thread",
+    "sm__inst_executed.avg.per_cycle_active", "smsp__inst_executed.sum", "smsp__cycles_elapsed.avg.per_second",
+    "launch__registers_per_thread",
 )  # fmt: skip
 SHARE = {"tests": 0.5, "sanitizer": 0.4}
 """Of the time that is left, where other parts are to come."""

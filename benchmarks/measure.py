@@ -3,7 +3,7 @@
 On the CPU a round runs every implementation once, one after another, so that a slow moment of the machine hits all;
 each run is preceded by an untimed one of the same, as in training: the first may meet memory that the system hands out
 for the first time, or has taken back. On a GPU time is CUDA events', over copies of the inputs that together exceed the
-L2 cache three times; small cases are also timed as replays of a CUDA graph, which leaves out what the host takes.
+L2 cache three times; a step of up to 1 GB is also timed as replays of a CUDA graph, without what the host takes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 Loss = Callable[..., Tensor]
+GRAPHED = 1 << 30
+"""Bytes of a step below which it is timed by graph replay too: at 3 TB/s they take 0.3 ms, as long as Python does."""
 
 
 class Spread(NamedTuple):
@@ -53,12 +55,12 @@ class Step:
         if students[0].is_cuda:
             return self._on_gpu(inputs, students)
         start = time.perf_counter()
-        loss = self._forward(inputs)
+        loss = self.forward(inputs)
         middle = time.perf_counter()
         torch.autograd.grad(loss, students)
         return middle - start, time.perf_counter() - middle
 
-    def _forward(self, inputs: list[list[Tensor]]) -> Tensor:
+    def forward(self, inputs: list[list[Tensor]]) -> Tensor:
         loss = self.loss(*inputs)
         return loss if self.scale == 1 else loss * self.scale  # as a gradient scaler does
 
@@ -66,7 +68,7 @@ class Step:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         torch.cuda.synchronize()
         events[0].record()
-        loss = self._forward(inputs)
+        loss = self.forward(inputs)
         events[1].record()
         torch.autograd.grad(loss, students)
         events[2].record()
@@ -114,19 +116,18 @@ def interleaved(
     return found
 
 
-def copy_bandwidth(device: str, megabytes: int = 256) -> Callable[[], float]:
-    """A step that copies, and returns bytes read and written a second: what a perfect kernel could reach."""
+def copy_bandwidth(device: str, megabytes: int = 256, deep: int = 8) -> Callable[[], float]:
+    """A step that copies, and returns bytes read and written a second: what a perfect kernel could reach.
+
+    On a GPU the time of `deep` copies queued at once, so that what a launch takes does not count.
+    """
     source = torch.empty(megabytes << 18, dtype=torch.float32, device=device).fill_(1)
     target = torch.empty_like(source)
 
     def run() -> float:
         if device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            target.copy_(source)
-            stop.record()
-            torch.cuda.synchronize()
-            return 2 * source.nbytes / (start.elapsed_time(stop) / 1e3)
+            seconds = _gpu_seconds(lambda: [target.copy_(source) for _ in range(deep)])
+            return deep * 2 * source.nbytes / seconds
         begin = time.perf_counter()
         target.copy_(source)
         return 2 * source.nbytes / (time.perf_counter() - begin)
@@ -134,13 +135,24 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> Callable[[], float]:
     return run
 
 
-def graph_seconds(loss: Loss, copies: list[list[list[Tensor]]], scale: float, calls: int = 20) -> float | None:
-    """Seconds of a step within a replayed CUDA graph of many; None where the loss cannot be captured."""
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    """Seconds between two events around what a call queues, on a GPU that has nothing else to do."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def graph_seconds(loss: Loss, copies: list[list[list[Tensor]]], scale: float, calls: int = 20) -> list[float] | None:
+    """Seconds of a step, in each of several replays of a CUDA graph of many; None where the loss cannot be captured."""
     steps = Step(loss, copies, scale)
 
     def once() -> None:
         inputs = next(steps.copies)
-        torch.autograd.grad(loss(*inputs) * scale, [*inputs[0], *inputs[2]])
+        torch.autograd.grad(steps.forward(inputs), [*inputs[0], *inputs[2]])
 
     try:
         stream = torch.cuda.Stream()
@@ -154,15 +166,8 @@ def graph_seconds(loss: Loss, copies: list[list[list[Tensor]]], scale: float, ca
     except RuntimeError:
         torch.cuda.synchronize()
         return None
-    runs = []
-    for _ in range(10):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        runs.append(start.elapsed_time(stop) / 1e3 / calls)
-    return statistics.median(runs)
+    graph.replay()
+    return [_gpu_seconds(graph.replay) / calls for _ in range(10)]
 
 
 def launches(call: Callable[[], object], device: str) -> int:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench_host import TRIVIAL
 from grid import TITLES, Case
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,9 @@ COLOURS = {
     f"{OURS} cuda": "#1f77b4", f"{OURS} triton": "#4fa36a", f"{OURS}, level by level": "#7d6bb3",
 }  # fmt: skip
 MARKERS = {"retinanet": "o", "gfl": "^", "faster_rcnn": "D"}
-COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "× authors", "× compile", "peak extra")
+COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "model, ms", "× authors", "× compile", "peak extra")
+HOST_COLUMNS = ("µs a step", "× trivial", "launches")
+MODELLED = (f"{OURS} cuda", f"{OURS} triton")  # what benchmarks/model.py counts the launches of
 
 STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB")
 
@@ -30,6 +33,17 @@ STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the tea
 def read(folder: Path, part: str) -> dict[str, Any] | None:
     path = folder / f"{part}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def seconds_of(result: dict[str, Any]) -> list[float]:
+    """Median and quartiles of a step: of replays of its graph where it has one, as in training the host is ahead."""
+    found: list[float] = result.get("graph") or result["step"]
+    return found
+
+
+def timed(implementations: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a step, of all that have a time."""
+    return {name: seconds_of(result)[0] for name, result in implementations.items() if "step" in result}
 
 
 def best_of_ours(implementations: dict[str, Any]) -> str | None:
@@ -61,24 +75,47 @@ def rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
     found = []
     for measured in by_regime(record):
         case, implementations = Case(**measured["case"]), measured["implementations"]
-        timed = {name: r["step"][0] for name, r in implementations.items() if "step" in r}
-        fused = [timed[name] for name in timed if name.startswith("torch.compile")]
+        times = timed(implementations)
+        fused = [times[name] for name in times if name.startswith("torch.compile")]
         for name, r in implementations.items():
             if "wrong" in r:
-                found.append((case.title, name, [f"wrong: {r['wrong']}", *[""] * 5]))
+                found.append((case.title, name, [f"wrong: {r['wrong']}", *[""] * (len(COLUMNS) - 1)]))
                 continue
-            median, low, high = r["step"]
+            median, low, high = seconds_of(r)
             speed = measured["bytes"] / median
             extra = "" if r.get("peak_extra") is None else f"{r['peak_extra'] / measured['student_bytes']:.1f}×"
-            graph = "" if r.get("graph_seconds") is None else f", in a graph {1e3 * r['graph_seconds']:.3f}"
+            eager = f", with the host {1e3 * r['step'][0]:.2f}" if r.get("graph") else ""
             found.append((case.title, name, [
-                f"{1e3 * median:.2f} [{1e3 * low:.2f}–{1e3 * high:.2f}]{graph}",
+                f"{milliseconds(median)} [{milliseconds(low)}–{milliseconds(high)}]{eager}",
                 f"{speed / 1e9:.1f}",
                 f"{100 * speed / measured['copy_bandwidth']:.0f}",
-                f"{timed[RIVALS[0]] / median:.1f}" if RIVALS[0] in timed else "",
+                modelled(measured.get("model"), median) if name in MODELLED else "",
+                f"{times[RIVALS[0]] / median:.1f}" if RIVALS[0] in times else "",
                 f"{min(fused) / median:.1f}" if fused else "",
                 extra,
             ]))  # fmt: skip
+    return found
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}" if seconds > 1e-3 else f"{1e3 * seconds:.3f}"
+
+
+def modelled(model: dict[str, Any] | None, seconds: float) -> str:
+    """What benchmarks/model.py predicts, how much longer it took, and what the longest part is said to wait for."""
+    if model is None:
+        return ""
+    longest = max(model["parts"], key=lambda part: part[part["limit"]])
+    return f"{milliseconds(model['seconds'])}, took {seconds / model['seconds']:.2f}× ({longest['limit']})"
+
+
+def host_rows(record: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(implementation, cells) of a loss.json's host time, in the order of HOST_COLUMNS."""
+    trivial = record["host"].get(TRIVIAL, {}).get("seconds")
+    found = []
+    for name, cost in record["host"].items():
+        ratio = f"{cost['seconds'] / trivial:.2f}" if trivial else ""
+        found.append((name, [f"{1e6 * cost['seconds']:.0f}", ratio, str(cost["launches"])]))
     return found
 
 
@@ -96,12 +133,12 @@ def show(console: Console, folder: Path) -> None:
                 table.add_row(f"[bold]{case}")
             table.add_row(f"  {name}", *(cell.replace("[", "\\[") for cell in cells))
             last = case
-        for name, cost in record["host"].items():
-            if name == next(iter(record["host"])):
-                table.add_section()
-                table.add_row("[bold]one position a level: what a call costs before it computes")
-            table.add_row(f"  {name}", f"{1e3 * cost['seconds']:.2f}", f"{cost['launches']} launches")
         console.print(table)
+        if record["host"]:
+            table = Table("", *HOST_COLUMNS, title="one position a level: what a call costs before it computes")
+            for name, cells in host_rows(record):
+                table.add_row(name, *cells)
+            console.print(table)
     if record := read(folder, "scaling"):
         table = Table("varied", "implementation", "each more costs, µs", "at none, ms", title="how cost grows")
         for name, sweep in record["sweeps"].items():
@@ -181,7 +218,7 @@ def _roofline(record: dict[str, Any], path: Path) -> None:
     names = [name for name in COLOURS if any("step" in c["implementations"].get(name, {}) for c in cases)]
     for name in names:
         for regime, marker in MARKERS.items():
-            points = [(c["bytes"] / 1e6, c["bytes"] / c["implementations"][name]["step"][0] / 1e9) for c in cases
+            points = [(c["bytes"] / 1e6, c["bytes"] / seconds_of(c["implementations"][name])[0] / 1e9) for c in cases
                       if c["case"]["regime"] == regime and "step" in c["implementations"].get(name, {})]  # fmt: skip
             axes.plot(*zip(*points, strict=True), marker, color=COLOURS[name], markersize=5, linestyle="none")
         axes.plot([], [], "s", color=COLOURS[name], label=name)
@@ -210,10 +247,10 @@ def _ratios(record: dict[str, Any], path: Path) -> None:
     for column, rival in enumerate(RIVALS):
         heights, places = [], []
         for place, c in enumerate(cases):
-            timed, ours = c["implementations"], best_of_ours(c["implementations"])
-            if ours and "step" in timed.get(rival, {}):
+            times, ours = timed(c["implementations"]), best_of_ours(c["implementations"])
+            if ours and rival in times:
                 places.append(place + (column - 1.5) * width)
-                heights.append(timed[rival]["step"][0] / timed[ours]["step"][0])
+                heights.append(times[rival] / times[ours])
         bars = axes.bar(places, heights, width, label=rival, color=COLOURS[rival])
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)

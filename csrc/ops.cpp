@@ -321,6 +321,7 @@ struct Imitation {
                 columns.eps.size() == count,
             verb, ": level, term, scale and eps must have an element an entry, as student has: ", count);
     std::vector<const Tensor*> of_level(logits ? logits->size() : count);
+    std::vector<bool> has_entry(of_level.size()), term_has(terms.size());
     if (logits)
       for (size_t l = 0; l < logits->size(); ++l) of_level[l] = &(*logits)[l];
     for (size_t i = 0; i < count; ++i) {
@@ -330,6 +331,7 @@ struct Imitation {
       require(term >= 0 && term < static_cast<int64_t>(terms.size()), name, ": there is no term ", term);
       const Tensor*& of = of_level[level];
       if (of == nullptr) of = &student[i];
+      has_entry[level] = term_has[term] = true;
       const bool fits = student[i].size(0) == of->size(0) && student[i].size(2) == of->size(2) &&
                         student[i].size(3) == of->size(3);
       require(fits, name, " differs in N, H or W from level ", level, ", ", Shape{*of});
@@ -337,11 +339,12 @@ struct Imitation {
     while (!logits && !of_level.empty() && of_level.back() == nullptr) of_level.pop_back();
     std::vector<int64_t> first;
     for (size_t l = 0; l < of_level.size(); ++l) {
-      require(of_level[l] != nullptr, verb, ": level ", l, " has no entry; levels are numbered from 0 without a gap");
+      require(has_entry[l], verb, ": level ", l, " has no entry; levels are numbered from 0 without a gap");
       first.push_back(total_positions);
       total_positions += positions(*of_level[l]);
     }
     level_count = static_cast<int64_t>(of_level.size());
+    for (size_t t = 0; t < terms.size(); ++t) require(term_has[t], verb, ": term ", t, " has no entry");
     for (size_t i = 0; i < count; ++i) {
       const int64_t level = columns.level[i], term = columns.term[i];
       entries.push_back({level_of(student[i], first[level]), level, term, columns.scale[i], columns.eps[i]});

@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -180,7 +181,7 @@ struct Traits<Loss::smooth_l1> {
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S beta) {
     const V d = x - z, a = magnitude(d), far = a - beta * 0.5f;
-    const S inverse = beta > 0 ? 1 / beta : S(0);
+    const S inverse = beta >= std::numeric_limits<S>::min() ? 1 / beta : S(0);  // 0 times infinity is no slope
     return {a < beta ? d * d * (inverse * 0.5f) : far, a < beta ? d * inverse : sign(d)};
   }
 };

@@ -257,6 +257,7 @@ def _distill(
     so where a native operator checks all of it as well, it runs only if something was refused.
     """
     lists = [levels for pair in pairs for levels in (pair.student, pair.teacher)]
+    lists += [] if teacher_logits is None else [teacher_logits]
     plain = all(type(levels) in (list, tuple) and len(levels) == len(lists[0]) for levels in lists)
     rare = mask is not None or process_group is not None or options.level_weights is not None
     if rare or not plain or torch.compiler.is_compiling():

@@ -44,3 +44,10 @@ def level_slices(entries: Sequence[Tensor], level: Sequence[int], total: int) ->
     if first != total:
         raise ValueError(f"the levels have {first} positions, scores hold {total}")
     return slices
+
+
+def require_entries(term: Sequence[int], terms: int) -> None:
+    """Raise ValueError where a term has no entry."""
+    for number in range(terms):
+        if number not in term:
+            raise ValueError(f"term {number} has no entry")

@@ -6,7 +6,8 @@
     bce         softplus(x) - x sigmoid(z)                          sigmoid(x) - sigmoid(z)
     kl          bce(x, z) - bce(z, z)                               as bce
 
-A loss is one entry of LOSSES; every name, check and default elsewhere is read from it. docs/math.md derives the formulas.
+A loss is one entry of LOSSES; every name, check and default elsewhere is read from it. docs/math.md derives the
+formulas.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ValueAndSlope = tuple[Tensor | None, Tensor]
 
 
 class Pointwise(NamedTuple):
-    """A loss: `at(x, z, beta, want_value)` is its value, None where it is not wanted, and its slope, element by element.
+    """A loss: `at(x, z, beta, want_value)` is its value (None where it is not wanted) and slope, element by element.
 
     Both are new tensors, which the caller may change in place; x and z stay.
     """
@@ -62,7 +62,7 @@ def bce(x: Tensor, z: Tensor, _: float, want_value: bool = True) -> ValueAndSlop
     near = x * flip
     tail = torch.sigmoid(near)
     miss = (z * flip).sigmoid_()
-    value = tail.neg().log1p_().addcmul_(near, miss).neg_() if want_value else None
+    value = _mirrored(near, tail, miss) if want_value else None
     return value, tail.sub_(miss).mul_(flip)
 
 
@@ -71,8 +71,13 @@ def kl(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSl
     if value is not None:
         near = z.abs().neg_()
         tail = torch.sigmoid(near)
-        value.add_(near.mul_(tail)).add_(tail.neg_().log1p_())
+        value.sub_(_mirrored(near, tail, tail))  # as in bce, to the last bit: 0 where they agree
     return value, slope
+
+
+def _mirrored(near: Tensor, tail: Tensor, miss: Tensor) -> Tensor:
+    """softplus(near) - near miss, with tail = sigmoid(near)."""
+    return tail.neg().log1p_().addcmul_(near, miss).neg_()
 
 
 LOSSES = {

@@ -46,7 +46,15 @@ class Verbs(NamedTuple):
     scale_: Callable[..., None]
 
 
+def _require_one_device(*lists: Sequence[Tensor]) -> None:
+    """A call with one meta tensor among others comes to a fake implementation."""
+    devices = {t.device for tensors in lists for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; one device is needed")
+
+
 def _score_fake(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    _require_one_device(logits)
     dtype = accumulate_dtype(*logits)
     total = sum(positions(z) for z in logits)
     return logits[0].new_empty(total, dtype=dtype), logits[0].new_empty(len(logits), dtype=dtype)
@@ -69,6 +77,7 @@ def _imitate_fake(
     want_grad: Sequence[bool],
     want_loss: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _require_one_device(student, teacher, (scores, norm))
     dtype = accumulate_dtype(*student, *teacher)
     total = student[0].new_empty(() if want_loss else 0, dtype=dtype)
     values = student[0].new_empty(len(loss) + len(student) if want_loss else 0, dtype=dtype)

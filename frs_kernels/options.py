@@ -61,9 +61,13 @@ class Options(NamedTuple):
         Raises:
             TypeError, ValueError: an option is unknown or out of range.
         """
-        if torch.compiler.is_compiling() or options.get("level_weights") is not None:
-            return _checked(**options)  # Dynamo knows no cache, and (True, 1.0) == (1.0, 1.0)
-        return _checked_once(**options)  # type: ignore[arg-type]
+        # Dynamo knows no cache, and (True, 1.0) == (1.0, 1.0)
+        if not torch.compiler.is_compiling() and options.get("level_weights") is None:
+            try:
+                return _checked_once(**options)  # type: ignore[arg-type]
+            except TypeError:
+                pass  # refused; or without a hash, which is to be refused in our words
+        return _checked(**options)
 
 
 def _checked(**options: Any) -> Options:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,16 +19,20 @@ if not all(map(find_spec, ("matplotlib", "rich"))):
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_host
 import bench_loss
 import compare
 import gpu_suite
 import measure
+import model
 import report
 from bench_loss import Truth, compiled_for, implementations, measure_case
 from environment import python_environment
-from grid import Case, loss_cases
+from grid import DTYPES, Case, loss_cases
 from measure import interleaved, peak_extra, spread
 from rich.console import Console
+
+from frs_kernels import reference
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = Case("gfl", 64, 96, 2)
@@ -46,6 +51,91 @@ def test_the_byte_model_is_the_designs():
         assert late.bytes == 6 * logits + 5 * features
     p2 = Case("faster_rcnn", 800, 1344, 2, "fp16")
     assert abs(p2.positions * 256 * 2 / 1e6 - 92) < 0.5
+
+
+class TestModel:
+    def test_its_bytes_are_those_of_the_byte_model(self):
+        for case in loss_cases("cuda", quick=False):
+            parts = [part for _, parts in model.launches(case) for part in parts]
+            size = DTYPES[case.dtype].itemsize
+            assert sum(part.values * model.KERNELS[part.kernel].tensors * size for part in parts) == case.bytes
+
+    @pytest.mark.parametrize(
+        ("layout", "specials", "limit", "bce"),
+        [
+            ("contiguous", 4, "bytes", 1935.36),  # 3 tensors x 2 bytes x 32,256,000 logits / 1e11; others 1612.8, 806.4
+            ("channels_last", 4, "instructions", 2016),  # 60 x 32,256,000 / (0.75 x 32 x 4 x 10 x 1e9)
+            ("contiguous", 12, "specials", 2419.2),  # 12 x 32,256,000 / (16 x 10 x 1e9)
+        ],
+    )
+    def test_by_hand(self, monkeypatch, layout, specials, limit, bce):
+        """A device of 10 multiprocessors at 1 GHz; 44,800 positions of 720 logits and 256 features."""
+        monkeypatch.setattr(model, "ISSUE", 0.75)
+        monkeypatch.setattr(model, "LATENCY", 1e-6)
+        monkeypatch.setattr(model, "DEVICES", {"toy": model.Device(10, 1e9, 2e11)})
+        kernels = {
+            "score": model.Kernel(1, {"bf16": (2, 2)}),
+            "bce": model.Kernel(3, {"bf16": (48, 60)}, specials),
+            "mse": model.Kernel(3, {"bf16": (12, 12)}),
+            "scale_": model.Kernel(2, {"bf16": (2, 2)}),
+        }
+        monkeypatch.setattr(model, "KERNELS", kernels)
+        case = Case("retinanet", 800, 1344, 2, "bf16", layout)
+        found = model.predict(case, "a toy", 1e11)
+        assert [part["kernel"] for part in found["parts"]] == ["score", "bce", "mse"]
+        assert [part["limit"] for part in found["parts"]] == ["bytes", limit, "bytes"]
+        score, mse = 645.12, 688.128  # 2 bytes x 32,256,000 / 1e11; 3 x 2 x 11,468,800 / 1e11
+        assert found["seconds"] == pytest.approx(1e-6 * (5 + score + bce + mse))  # 5 launches: two fills and the verbs
+        # Scaled: two more launches, and 2 tensors x 2 bytes x 43,724,800.
+        scaled = model.predict(replace(case, scale=2.0), "a toy", 1e11)
+        assert scaled["seconds"] == pytest.approx(1e-6 * (7 + score + bce + mse + 1748.992))
+        assert model.predict(case, "another", 1e11) is None
+        assert model.predict(replace(case, dtype="fp16"), "a toy", 1e11) is None
+
+    @pytest.mark.parametrize("device", model.DEVICES)
+    def test_nothing_is_faster_than_a_copy(self, device):
+        for case in loss_cases("cuda", quick=False):
+            found = model.predict(case, f"NVIDIA {device}", 3e12)
+            assert found["seconds"] > case.bytes / 3e12
+
+    def test_it_stands_beside_what_was_measured(self):
+        """On a GPU, where the time is that of the replayed graph; a CPU has none."""
+        part = {"launch": "imitate", "kernel": "bce", "limit": "instructions", "bytes": 1e-6, "instructions": 2e-6}
+        measured = {
+            "case": TINY.key(), "bytes": 300_000_000, "copy_bandwidth": 3e12, "student_bytes": 1,
+            "model": {"seconds": 0.0002, "parts": [part]},
+            "implementations": {
+                "frs_kernels cuda": {"step": [0.0004] * 3, "graph": [0.00025, 0.00024, 0.00026]},
+                "logits form": {"step": [0.0015] * 3},
+            },
+        }  # fmt: skip
+        cells = {name: cells for _, name, cells in report.rows({"cases": [measured]})}
+        column = report.COLUMNS.index("model, ms")
+        assert cells["frs_kernels cuda"][0] == "0.250 [0.240–0.260], with the host 0.40"
+        assert cells["frs_kernels cuda"][report.COLUMNS.index("% of copy")] == "40"
+        assert cells["frs_kernels cuda"][column] == "0.200, took 1.25× (instructions)"
+        assert cells["logits form"][column] == ""
+        assert compare.timings({"cases": [measured]})[TINY.title, "frs_kernels cuda"] == (0.00025, 0.00024, 0.00026)
+        measured["model"] = None
+        assert not any(cells[column] for _, _, cells in report.rows({"cases": [measured]}))
+
+
+def test_host_time_is_told_in_trivial_functions():
+    losses = implementations(bench_host.CASE, "cpu", [])
+    assert bench_host.CASE.shapes == [(1, 1, 1)] * 5
+    found = bench_host.measure_host({"frs_kernels torch": losses["frs_kernels torch"]}, "cpu", 0.0)
+    assert list(found) == [bench_host.TRIVIAL, "frs_kernels torch"]
+    assert all(cost["seconds"] > 0 and cost["launches"] > 0 for cost in found.values())
+    (_, trivial), (_, ours) = report.host_rows({"host": found})
+    ratio = found["frs_kernels torch"]["seconds"] / found[bench_host.TRIVIAL]["seconds"]
+    assert (trivial[1], ours[1]) == ("1.00", f"{ratio:.2f}")
+
+
+def test_the_trivial_function_gives_each_student_its_gradient():
+    inputs = bench_host.CASE.inputs("cpu")
+    students = [*inputs[0], *inputs[2]]
+    for student, grad in zip(students, torch.autograd.grad(bench_host.trivial(*inputs), students), strict=True):
+        assert grad.shape == student.shape
 
 
 @pytest.mark.parametrize("case", [TINY, Case("retinanet", 64, 64, 1, "bf16", "channels_last", 8.0)])
@@ -85,6 +175,28 @@ def test_right_ones_pass_and_wrong_ones_do_not(case):
         faulty = lambda *lists, wrong=wrong: ours(*lists) + nothing(lists[0][-1], wrong)  # noqa: E731
         assert "gradients off" in truth.fault(faulty, inputs)
     assert "raises ValueError" in truth.fault(lambda s, t, x, z: ours(s[:-1], t, x, z), inputs)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_torch_backend_is_right_in_blocks(monkeypatch, layout, dtype):
+    """Its largest level in several blocks, over channels or rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    case = Case("retinanet", 128, 160, 3, dtype, layout)
+    inputs = case.inputs("cpu")
+    assert len(reference._blocks(inputs[2][0])) > 9
+    assert Truth(case, inputs).fault(implementations(case, "cpu", [])["frs_kernels torch"], inputs) is None
+
+
+@pytest.mark.skipif(not measure.STATUS.is_file(), reason="the peak of resident memory is Linux's")
+def test_the_torch_backend_takes_no_more_memory_than_the_authors_loop():
+    case = Case("retinanet", 256, 320, 1)
+    losses = implementations(case, "cpu", [])
+    ours, authors = (
+        peak_extra(measure.Step(losses[name], [case.inputs("cpu")], 1.0), "cpu")
+        for name in ("frs_kernels torch", "authors' form")
+    )
+    assert 2 * ours < authors
 
 
 def nothing(x: torch.Tensor, gradient: float) -> torch.Tensor:

@@ -62,6 +62,12 @@ class Tiles {
   }
   int64_t count() const { return starts_.back(); }
 
+  int64_t values() const {
+    int64_t sum = 0;
+    for (size_t i = 0; i < cuts_.size(); ++i) sum += levels_[i].n * levels_[i].c * levels_[i].positions();
+    return sum;
+  }
+
   Tile operator[](int64_t number) const {
     size_t level = 0;
     while (number >= starts_[level + 1]) ++level;
@@ -83,9 +89,14 @@ class Tiles {
 using ScoreTiles = Tiles<Level, score_cut>;
 using ImitateTiles = Tiles<Entry, imitate_cut>;
 
-// Run f(i) for i < count. A thread takes the next as soon as it is done with one: the levels' tiles differ in cost.
+// Run f(i) for i < count, together about `values` values. A thread takes the next as soon as it is done with one: the
+// levels' tiles differ in cost. What is less than two tiles' work is done here: waking another thread takes longer.
 template <class F>
-void share_out(int64_t count, const F& f) {
+void share_out(int64_t count, int64_t values, const F& f) {
+  if (values < 2 * TILE) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -121,7 +132,7 @@ void score(const Score& call, void* workspace, void*) {
   const ScoreTiles tiles(call.levels, call.count);
   auto* slots = static_cast<double*>(workspace);
   const Kernels& with = kernels();
-  share_out(tiles.count(), [&](int64_t i) { slots[i] = with.score_tile(call, tiles[i]); });
+  share_out(tiles.count(), tiles.values(), [&](int64_t i) { slots[i] = with.score_tile(call, tiles[i]); });
   for (int64_t l = 0; l < call.count; ++l) write(call.mass, call.dtype, l, tiles.sum(slots, l));
 }
 
@@ -136,7 +147,7 @@ void imitate(const Imitate& call, void* workspace, void*) {
   std::vector<double> upstream;
   for (const Term* term = call.terms; term < call.terms + call.term_count; ++term)
     upstream.push_back(term->weight * (term->factor ? with.number(term->factor, term->factor_dtype) : 1.0));
-  share_out(tiles.count(), [&](int64_t i) {
+  share_out(tiles.count(), tiles.values(), [&](int64_t i) {
     const Tile tile = tiles[i];
     const Entry& entry = call.entries[tile.index];
     if (!call.total && !entry.grad.data) return;
@@ -174,7 +185,7 @@ void scale(const Scale& call, void*) {
   constexpr int64_t PIECE = 4 * TILE;
   for (int64_t i = 0; i < call.count; ++i) {
     const Run& run = call.runs[i];
-    share_out(up(run.size, PIECE), [&](int64_t piece) {
+    share_out(up(run.size, PIECE), run.size, [&](int64_t piece) {
       with.scale_run(run, piece * PIECE, at_most((piece + 1) * PIECE, run.size), factor);
     });
   }
