@@ -36,14 +36,28 @@ struct Pointwise {
   V value, slope;
 };
 
-// What is not the same for all V: |x|; exp(-a) for a >= 0, and the same where it is called once a position; a / b for b in
-// [1, 6]; log1p(e) for e in [0, 1]; and by the
-// signs of the logits
+// What is not the same for all V: |x|; exp(-a) for a >= 0, and the same where it is called once a position; a / b for b
+// in [1, 6]; log1p(e) for e in [0, 1]; and by the signs of the logits
 //     same_side(x, z, a, b)   a where x and z have the same sign, else b
 //     mirror(x, v)            v where x >= 0, else -v
 // A vector reads the sign bit: the comparisons take the ports that multiply.
 template <class V>
 struct Primitives;
+
+// log1p(e) as e + e^2 Q(e), Q fitted on [0, 1] to 2^-24.8 of the whole: all digits stay where e is small, logits below
+// -9, most of a detector's. On a GPU it is 9 instructions, and takes none of the 16 reciprocals a clock of a
+// multiprocessor.
+template <class V>
+FRS_INLINE V log1p_by_powers(V e) {
+  V q = 5.364822689e-03f * e - 3.006578609e-02f;
+  q = q * e + 7.920452207e-02f;
+  q = q * e - 1.375380158e-01f;
+  q = q * e + 1.915365458e-01f;
+  q = q * e - 2.485716343e-01f;
+  q = q * e + 3.332132399e-01f;
+  q = q * e - 4.999964833e-01f;
+  return (q * e) * e + e;
+}
 
 template <class V>
 struct BySign {
@@ -75,19 +89,7 @@ struct Primitives<float> : BySign<float> {
     return a / b;
 #endif
   }
-  // e + e^2 Q(e), Q fitted on [0, 1] to 2^-24.8 of the whole: all digits stay where e is small, logits below -9, most
-  // of a detector's. On a GPU it is 9 instructions, and takes none of the 16 reciprocals a clock of a multiprocessor.
-  static FRS_INLINE float log1p(float e) {
-    float q = 5.364822689e-03f;
-    q = q * e - 3.006578609e-02f;
-    q = q * e + 7.920452207e-02f;
-    q = q * e - 1.375380158e-01f;
-    q = q * e + 1.915365458e-01f;
-    q = q * e - 2.485716343e-01f;
-    q = q * e + 3.332132399e-01f;
-    q = q * e - 4.999964833e-01f;
-    return (q * e) * e + e;
-  }
+  static FRS_INLINE float log1p(float e) { return log1p_by_powers(e); }
 };
 
 template <>
@@ -121,12 +123,6 @@ FRS_INLINE V sigmoid(V x) {
   return quotient<V>(x >= 0 ? 1.0f : e, 1.0f + e);
 }
 
-// e / (1 + e) for e in [0, 1]. The same for student and teacher, so that the gradient is 0 where they agree.
-template <class V>
-FRS_INLINE V tail_of(V e) {
-  return quotient<V>(e, 1.0f + e);
-}
-
 // The sign of d; 0 of 0, and a NaN of a NaN.
 template <class V>
 FRS_INLINE V sign(V d) {
@@ -134,14 +130,18 @@ FRS_INLINE V sign(V d) {
   return d > 0 ? one : d < 0 ? -one : d;
 }
 
+// One reciprocal for both logits: tail = e (1 + e_z) r and tail_z = e_z (1 + e) r with r = 1 / ((1 + e)(1 + e_z)), so
+// that miss - tail is r (e_z - e), or r (1 - e e_z) where the signs differ: nothing is rounded before it cancels, and
+// the gradient is 0 where student and teacher agree.
 template <bool KL, class V>
 FRS_INLINE Pointwise<V> bernoulli(V x, V z) {
   const V e = exp_neg(magnitude(x)), e_z = exp_neg(magnitude(z));
-  const V tail = tail_of(e), tail_z = tail_of(e_z);
-  const V miss = Primitives<V>::same_side(x, z, tail_z, 1.0f - tail_z);
+  const V u = 1.0f + e, r = quotient<V>(1.0f - V{}, u * (1.0f + e_z)), ur = u * r;
+  const V miss = Primitives<V>::same_side(x, z, e_z * ur, ur);
+  const V slope = r * Primitives<V>::same_side(x, z, e_z - e, 1.0f - e * e_z);
   V value = Primitives<V>::log1p(e) + magnitude(x) * miss;
-  if constexpr (KL) value = value - (Primitives<V>::log1p(e_z) + magnitude(z) * tail_z);
-  return {value, Primitives<V>::mirror(x, miss - tail)};
+  if constexpr (KL) value = value - (Primitives<V>::log1p(e_z) + magnitude(z) * (e_z * ur));
+  return {value, Primitives<V>::mirror(x, slope)};
 }
 
 // A loss: its name; whether it takes logits, which a temperature divides; how many packets of 16 bytes of x and of z a

@@ -1,28 +1,26 @@
-"""The cpu backend: its vector maths in every instruction set, threads, memory, and what its operators refuse."""
+"""The cpu backend: its vector maths in every instruction set, threads and memory."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import FLOATS, close, ids, run, same_bits, ulp
+from cases import close, ids, run, same_bits, ulp
 from environment import ROOT, python_environment
 from torch import Tensor
 from truth import Pyramid, lay_out, pyramid
 
 from frs_kernels import backends, fsr_loss
-from frs_kernels.ops import SCHEMAS, VERBS
+from frs_kernels.ops import SCHEMAS
 
 HERE = backends.why_not("cpu", "cpu")
 needs_cpu = pytest.mark.skipif(HERE is not None, reason=f"cpu backend: {HERE}")
@@ -84,11 +82,21 @@ class TestVectorMaths:
         for a in (every(0.0, math.inf), torch.linspace(0, 106, 1 << 20), torch.linspace(87, 104, 1 << 20)):
             assert worst_ulps(apply(probe.probe_exp_neg, a), torch.exp(-a.double())) <= 2
 
-    def test_log1p_and_tail(self, probe):
+    def test_log1p(self, probe):
         for e in (every(0.0, 1.0), torch.linspace(0, 1, 1 << 20)):
-            wide = e.double()
-            assert worst_ulps(apply(probe.probe_log1p, e), torch.log1p(wide)) <= 2
-            assert worst_ulps(apply(probe.probe_tail, e), wide / (1 + wide)) <= 2
+            assert worst_ulps(apply(probe.probe_log1p, e), torch.log1p(e.double())) <= 2
+
+    def test_slope(self, probe):
+        """sigmoid(x) - sigmoid(z) within 5 ulp of the larger of what is subtracted; 0 where they agree."""
+        for x in (every(1e-30, 87.0), -every(1e-30, 87.0), torch.linspace(-80, 80, 1 << 20)):
+            out = torch.empty(3, x.numel())
+            probe.probe_slope(*(ctypes.c_void_p(v.data_ptr()) for v in (x, out)), ctypes.c_int64(x.numel()))
+            tail = torch.sigmoid(-x.double().abs())
+            for got, miss in zip(out, (torch.sigmoid(x.double().abs() / 2), torch.sigmoid(-x.double().abs() / 2))):
+                right = torch.where(x >= 0, miss - tail, tail - miss)
+                worst = ((got.double() - right).abs() / ulp(miss, torch.float32)).max().item()
+                assert worst <= 5
+            assert (out[2] == 0).all()
 
     def test_sigmoid(self, probe):
         for x in (every(0.0, 1e30), -every(0.0, 1e30), torch.linspace(-110, 110, 1 << 20)):
@@ -142,9 +150,10 @@ rng = torch.Generator().manual_seed(int(sys.argv[1]))
 sizes = ((2, 8, 12), (1, 1, 1), (1, 37, 31))
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last", "sliced")):
-    for cls_loss, grad_mode in (("bce", "forward"), ("kl", "backward")):
+    for feat_loss, cls_loss, grad_mode in (("mse", "bce", "forward"), ("l1", "kl", "backward"),
+                                           ("smooth_l1", "kl", "forward")):
         p = pyramid(rng, sizes=sizes, classes=17, dtype=dtype, layout=layout)
-        assert_right(p, "cpu", cls_loss=cls_loss, grad_mode=grad_mode)
+        assert_right(p, "cpu", feat_loss=feat_loss, beta=0.7, cls_loss=cls_loss, grad_mode=grad_mode)
 for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last")):
     # Gradients of more than 4 MB, written past the caches; rows begin at every alignment.
     p = pyramid(rng, sizes=((1, 45, 47),), channels=1003, classes=1003, dtype=dtype, layout=layout)
@@ -270,127 +279,3 @@ def test_layouts_of_student_and_teacher_may_differ_level_by_level(rng, layout):
     assert close(plain.loss, other.loss)
     for a, b in zip(plain.grads, other.grads, strict=True):
         assert close(a, b, 8)
-
-
-# Malformed calls
-
-
-def junk(source: random.Random) -> Tensor:
-    """A tensor that fits nowhere: another shape, dtype, layout or device."""
-    make: list[Callable[[], Tensor]] = [
-        lambda: torch.zeros(()),
-        lambda: torch.zeros(source.randrange(1, 40)),
-        lambda: torch.zeros([source.randrange(4) for _ in range(source.choice((2, 3, 5)))]),
-        lambda: torch.zeros(1, 0, 2, 2),
-        lambda: torch.zeros(1, source.randrange(1, 9), source.randrange(9, 12), 2),
-        lambda: torch.zeros(1, 2, 3, 4, dtype=source.choice((torch.int32, torch.bool, torch.complex64, torch.int8))),
-        lambda: torch.zeros(1, 2, 3, 4).to_sparse(),
-        lambda: torch.zeros(1, 2, 3, 4, device="meta"),
-        lambda: torch.zeros(7).as_strided((3, 2), (2, 1)),
-        lambda: torch.tensor(math.nan, dtype=torch.float16),
-    ]
-    return source.choice(make)()
-
-
-JUNK_NUMBERS = (None, math.nan, math.inf, -math.inf, -1.0, 0.0, "1", 1e400, torch.zeros(2))
-
-
-def spoil(source: random.Random, arguments: list[Any]) -> list[Any]:
-    """The same call with one thing wrong, or two."""
-    spoiled = [list(v) if isinstance(v, list) else v for v in arguments]
-    for _ in range(source.choice((1, 1, 2))):
-        place = source.randrange(len(spoiled))
-        value = spoiled[place]
-        if isinstance(value, list) and source.random() < 0.8:
-            change = source.randrange(4)
-            if change == 0 and value:
-                value.pop(source.randrange(len(value)))
-            elif change == 1:
-                value.insert(source.randrange(len(value) + 1), junk(source))
-            elif value:
-                value[source.randrange(len(value))] = junk(source) if change == 2 else source.choice((None, 3, "x"))
-        elif isinstance(value, Tensor) and source.random() < 0.8:
-            spoiled[place] = junk(source)
-        elif isinstance(value, float):
-            spoiled[place] = source.choice(JUNK_NUMBERS)
-        else:
-            spoiled[place] = source.choice((None, [], [None], "l1", 5, junk(source), [junk(source)]))
-    return spoiled
-
-
-def calls(rng: torch.Generator) -> dict[str, list[Any]]:
-    p = pyramid(rng, sizes=((1, 3, 5), (1, 2, 2)))
-    x, z = ([v.detach() for v in levels] for levels in (p.x, p.z))
-    scores, mass = VERBS["torch"].score(z)
-    return {
-        "score": [z],
-        "imitate": [x, z, scores, mass, torch.tensor(2.0), 0.5, "bce", 2.0, True, True],
-        "scale_": [x, torch.tensor(3.0)],
-    }
-
-
-@needs_cpu
-@pytest.mark.parametrize("verb", ["score", "imitate", "scale_"])
-def test_malformed_calls_of_an_operator_are_refused_and_write_nothing(rng, verb):
-    """300 refused calls; one that happens to be well-formed does not count."""
-    source = random.Random(int(torch.randint(1 << 30, (), generator=rng)))
-    operator = getattr(torch.ops.frs_kernels, verb)
-    messages: list[str] = []
-    for _ in range(5000):
-        arguments = spoil(source, calls(rng)[verb])
-        tensors = [t for v in arguments for t in (v if isinstance(v, list) else [v])]
-        plain = [t for t in tensors if isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu"]
-        before = [t.clone() for t in plain]
-        try:
-            operator(*arguments)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            messages.append(str(error))
-        else:
-            continue
-        for t, copy in zip(plain, before, strict=True):
-            assert t.shape == copy.shape
-            assert torch.equal(t.nan_to_num(), copy.nan_to_num()), messages[-1]
-        if len(messages) == 300:
-            break
-    assert len(messages) == 300
-    assert all(len(message) > 20 for message in messages)
-    assert VERBS["cpu"].score(calls(rng)["score"][0])[0].isfinite().all()
-
-
-@needs_cpu
-@pytest.mark.parametrize(
-    ("verb", "place", "value", "words"),
-    [
-        ("score", 0, [torch.zeros(1, 2, 3, 4), torch.zeros(2, 3)], ("score: logits[1] (2, 3)", "(N, C, H, W)")),
-        ("score", 0, [torch.zeros(1, 2, 3, 4).int()], ("score: logits[0] (1, 2, 3, 4)", "bfloat16")),
-        ("imitate", 1, [torch.zeros(1, 7, 3, 5), torch.zeros(1, 7, 2, 3)], ("student[1] (1, 7, 2, 2)", "(1, 7, 2, 3)")),
-        ("imitate", 2, torch.zeros(19).half(), ("scores must be float32 or float64",)),
-        ("imitate", 2, torch.zeros(38)[::2], ("scores (19)", "contiguous")),
-        ("imitate", 2, None, ("scores is None",)),
-        ("scale_", 1, None, ("factor is None",)),
-        ("imitate", 3, torch.zeros(2).double(), ("scores and norm must have one dtype",)),
-        ("imitate", 4, torch.zeros(1), ("factor must be 0-dim", "(1)")),
-        ("imitate", 6, "l1", ("'l1' is unknown", "'mse', 'bce', 'kl'")),
-        ("imitate", 7, 0.0, ("temperature must be positive and finite, got 0",)),
-        ("scale_", 1, torch.tensor(3), ("factor must be float32",)),
-    ],
-)
-def test_a_refusal_says_what_is_wrong(rng, verb, place, value, words):
-    arguments = calls(rng)[verb]
-    arguments[place] = value
-    with pytest.raises(ValueError) as error:
-        getattr(torch.ops.frs_kernels, verb)(*arguments)
-    for word in words:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
-@needs_cpu
-def test_a_gradient_with_an_overlap_is_not_a_run(dtype):
-    """Four numbers in two places of memory, with a gap of two: as many places as numbers."""
-    overlapping = torch.ones(8, dtype=dtype).as_strided((1, 1, 2, 2), (4, 4, 0, 3))
-    other = torch.ones(1, 1, 2, 2, dtype=dtype)
-    with pytest.raises(ValueError, match=r"grads\[1\] \(1, 1, 2, 2\) overlaps itself"):
-        VERBS["cpu"].scale_([other, overlapping], torch.tensor(2.0))
-    assert (overlapping == 1).all()
-    assert (other == 1).all()

@@ -1,31 +1,21 @@
-"""The CUDA kernels compiled for sm_80, sm_90 and sm_100 with no GPU: registers, spills, width of loads and stores."""
+"""The CUDA kernels compiled with no GPU: registers, spills, width of loads and stores, instructions a value."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
+import resources
+import sass
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("resources", ROOT / "tools" / "resources.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["resources"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-resources = load_tool()
+ROOT = sass.ROOT
 pytestmark = [
-    pytest.mark.skipif(not resources.LIBRARY.exists(), reason="the CUDA library has not been built: no nvcc"),
-    pytest.mark.skipif(resources.find_cuobjdump() is None, reason="no cuobjdump"),
+    pytest.mark.skipif(not sass.LIBRARY.exists(), reason="the CUDA library has not been built: no nvcc"),
+    pytest.mark.skipif(sass.find_cuobjdump() is None, reason="no cuobjdump"),
 ]
 DTYPES = {"float", "double", "bfloat16", "half"}
 
@@ -33,6 +23,11 @@ DTYPES = {"float", "double", "bfloat16", "half"}
 @pytest.fixture(scope="module")
 def library():
     return list(resources.kernels())
+
+
+@pytest.fixture(scope="module")
+def walks():
+    return sass.walks_of(sass.code_of(sass.LIBRARY, sass.ARCHITECTURE))
 
 
 @pytest.fixture(params=resources.VERBS)
@@ -62,29 +57,16 @@ def test_every_architecture_has_every_kernel(kernels):
     if verb == "scale":
         assert first == {()}
         return
-    native = {arguments[0] for arguments in first if arguments[-1] != "1"}
-    assert native == DTYPES
-    pairs = {arguments[:3] for arguments in first}
+    assert {arguments[0] for arguments in first if sass.packet(arguments) > 1} == DTYPES
     if verb == "score":
         assert len(first) == 6  # four dtypes, and any dtype in fp32 and fp64
     else:
+        pairs = {arguments[:3] for arguments in first}
         assert len(pairs) == 8  # the four, two of fp32 from 16 bits, and any pair in fp32 and fp64
-        assert len(first) == 4 * len(pairs)  # mse, bce, bce's gradient alone, kl
-
-
-def test_every_load_of_a_round_is_wide(kernels):
-    """At least as many 16-byte accesses in the code as a round keeps under way; fp32 from 16 bits has narrower z."""
-    for k in kernels:
-        if k.packet == 1:
-            continue
-        if k.verb == "score":
-            assert k.wide_loads >= 8, str(k)
-        elif k.verb == "imitate":
-            packets = 4 if k.arguments[3] == "mse" or k.packet < 8 else 2
-            operands = 1 if k.arguments[0] != k.arguments[1] else 2
-            assert k.wide_loads >= packets * operands, str(k)
-        else:
-            assert min(k.wide_loads, k.wide_stores) >= 2 * len(DTYPES), str(k)
+        usual = {arguments for arguments in first if "usual" in arguments}
+        assert {arguments[-1] for arguments in usual} == set(sass.WANTS) - {"any"}
+        assert len(usual) == 3 * (len(pairs) - 3)  # not in fp64, nor of any dtype
+        assert {arguments[:3] for arguments in first - usual} == pairs
 
 
 def test_a_kernel_over_the_limit_is_a_fault(kernels):
@@ -94,3 +76,63 @@ def test_a_kernel_over_the_limit_is_a_fault(kernels):
     assert "load" in wide._replace(wide_loads=0).fault()
     assert "stack" in wide._replace(stack=8).fault()
     assert "spill" in wide._replace(spills=1).fault()
+    if wide.verb != "score":
+        stores = next(k for k in kernels if k.packet > 1 and "loss" not in k.arguments)
+        assert "store" in stores._replace(wide_stores=0).fault()
+
+
+def test_every_walk_is_found_and_within_its_budget(walks):
+    assert not sass.faults(walks)
+    assert {walk.key() for found in walks.values() for walk in found if walk.budget()} == set(sass.BUDGETS)
+
+
+def test_the_walks_and_losses_counted_are_those_of_the_sources():
+    """One more, or one renamed, cannot go by uncounted."""
+    assert sass.enumerators("cuda/walks.cuh", "Walk") == [*sass.WALKS, "numbers"]
+    usual = ", ".join(f"Loss::{name}" for name in sass.USUAL)
+    assert f"using Usual = Losses<{usual}>;" in (ROOT / "csrc" / "cuda" / "imitate.cu").read_text()
+    lanes = (ROOT / "csrc" / "cuda" / "score.cu").read_text()
+    assert "constexpr int UNROLL = V == 1 ? 16 : 8;" in lanes
+    assert "lane_maxima<T, A, V, 5>" in lanes
+
+
+def test_a_round_keeps_all_its_packets_under_way(walks):
+    """A load of each operand for a packet, as wide as its dtype lets it be, and a store where a gradient is wanted."""
+    for found in walks.values():
+        for walk in found:
+            if walk.walk not in sass.WALKS or not walk.loss:
+                continue
+            _, student, teacher, _, width, _, want = walk.kernel
+            packets = 2 if walk.loss == "bce" and width == "8" else 4
+            narrow = {64: packets} if student != teacher else {}
+            assert walk.loads == {128: packets if narrow else 2 * packets, **narrow}, str(walk)
+            assert walk.stores == ({} if want == "loss" else {128: packets}), str(walk)
+            assert walk.values == packets * int(width), str(walk)
+
+
+@pytest.mark.parametrize("key", sass.BUDGETS)
+def test_a_budget_passed_is_a_fault(walks, monkeypatch, key):
+    """By instructions, then by the unit for exp and 1/x alone."""
+    most = max(walk.a_value for found in walks.values() for walk in found if walk.budget() and walk.key() == key)
+    monkeypatch.setitem(sass.BUDGETS, key, most * 0.5)
+    assert any("instructions a value" in fault for fault in sass.faults(walks))
+    monkeypatch.undo()
+    if key[0] == "bce":
+        monkeypatch.setitem(sass.UNIT_BUDGETS, key, (23, ""))
+        assert any("slots of the unit" in fault for fault in sass.faults(walks))
+
+
+def test_what_the_unit_may_take_beyond_a_budget_it_needs(walks):
+    """An exception that is no longer needed goes."""
+    for key in sass.UNIT_BUDGETS:
+        units = [walk.unit for found in walks.values() for walk in found if walk.budget() and walk.key() == key]
+        assert max(units) > sass.BUDGETS[key]
+
+
+def test_a_lost_walk_is_a_fault(walks):
+    for kernel, found in walks.items():
+        for walk in {(walk.loss, walk.walk): walk for walk in found}.values():
+            rest = list(found)
+            rest.remove(walk)
+            assert walk.walk in sass.missing(kernel, rest)
+            assert walk.walk in sass.missing(kernel, [*found, walk])

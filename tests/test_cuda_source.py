@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 NATIVE = ROOT / "tests" / "native"
-VERBS = ("score", "imitate", "scale")
+VERBS = ("score", "imitate", "distill", "scale")
 FLAGS = (
     "-std=c++20", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas",
@@ -57,13 +57,17 @@ class Fault(NamedTuple):
         return f"{self.file}: {self.old.strip()} -> {self.new.strip() or 'nothing'} [{self.which}]"
 
 
-BARRIERS = {"score.cu": 1, "imitate.cu": 1, "slots.cuh": 3}
+BARRIERS = {"score.cu": 1, "walks.cuh": 3, "slots.cuh": 4}
+# The object that has a fault in a header stands for all that use it.
+USED_BY = {"walks.cuh": "imitate", "slots.cuh": "score", "memory.cuh": "score"}
 FAULTS = [
     # memory
-    Fault("score.cu", "i < size && i < level.positions - p0", "i < size", "address", "heap-buffer-overflow"),
-    Fault("score.cu", "k + u * lanes < length", "k + u * lanes <= length", "address", "heap-buffer-overflow"),
-    Fault("score.cu", "maxima[THREADS * V];", "maxima[THREADS * V - 1];", "address", "global-buffer-overflow"),
-    Fault("imitate.cu", "put<S, A, V>(grad.data, at,", "put<S, A, V>(grad.data, at + V,", "address", "overflow"),
+    Fault("score.cu", "i < units * V && p0 + i < row.positions", "i < units * V", "address", "heap-buffer-overflow"),
+    Fault("score.cu", "k + u * lanes < length ? u * step : 0", "u * step", "address", "heap-buffer-overflow"),
+    Fault("score.cu", "maxima[WARPS][WARP * V];", "maxima[WARPS][WARP * V / 4];", "address", "overflow"),
+    Fault("walks.cuh", "put<typename W::S, A, V>(grad, 0,", "put<typename W::S, A, V>(grad, V,", "address", "overflow"),
+    Fault("walks.cuh", "min(tile.columns, row.positions) + V - 1", "MAX_SHARES + 2 * V", "address", "overflow"),
+    Fault("walks.cuh", "if (inside) fetch(warp);", "fetch(warp);", "address", "heap-buffer-overflow"),
     Fault("scale.cu", "if (thread < rest)", "if (thread <= rest)", "address", "heap-buffer-overflow"),
     Fault("scale.cu", "if (factor == 1) return;", "", "address", "use-after-poison"),
     Fault("scale.cu", "to_aligned < size ? to_aligned : size", "0 * to_aligned", "address", "misaligned"),
@@ -74,16 +78,13 @@ FAULTS = [
         for which in range(count)
     ),
     # results
-    Fault("score.cu", "z > best || z != z", "z > best", "none", "hides a NaN"),
-    Fault("score.cu", "sum += score;", "sum += score * A(1.000001);", "none", "FAILED one mass"),
-    Fault("imitate.cu", "norm == 0 ? 0 :", "norm == 2 ? 0 :", "none", "FAILED one", 1),
-    Fault(
-        "imitate.cu",
-        "const uint32_t block = gridDim.x - 1 - blockIdx.x;",
-        "const uint32_t block = 0;",
-        "none",
-        "FAILED",
-    ),
+    Fault("memory.cuh", "return b > a || b != b ? b : a;", "return b > a ? b : a;", "none", "hides a NaN", 1),
+    Fault("score.cu", "sum += score;", "sum += score * A(1.000001);", "none", "mass"),
+    Fault("walks.cuh", "return denominator == 0 ? 0 : share;", "return share;", "none", "FAILED one"),
+    Fault("walks.cuh", "% row.positions;", "% (row.positions + 1);", "none", "FAILED one"),
+    Fault("imitate.cu", "table.starts[index + 1] - 1 - blockIdx.x", "0", "none", "FAILED"),
+    Fault("imitate.cu", "value += call.workspace.terms[term.number];", "", "none", "FAILED"),
+    Fault("slots.cuh", "if (is_last) *workspace.counter = 0;", "", "none", "FAILED"),
     Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
 ]
 
@@ -200,8 +201,7 @@ def test_a_planted_fault_is_found(fault, cache, has_sanitizer, tmp_path):
         assert len(parts) - 1 == BARRIERS[fault.file], "a new barrier wants a line in BARRIERS"
     target.write_text(fault.old.join(parts[: fault.which + 1]) + fault.new + fault.old.join(parts[fault.which + 1 :]))
 
-    # score stands for all that use the shared headers
-    faulty = fault.file.removesuffix(".cu") if fault.file.endswith(".cu") else "score"
+    faulty = USED_BY.get(fault.file, fault.file.removesuffix(".cu"))
     objects = [compile_object(CSRC / "cuda" / f"{v}.cu", CSRC, fault.finder, cache) for v in VERBS if v != faulty]
     objects.append(compile_object(csrc / "cuda" / f"{faulty}.cu", csrc, fault.finder, tmp_path))
     objects.append(compile_object(NATIVE / "driver.cpp", CSRC, fault.finder, cache))

@@ -1,12 +1,12 @@
-"""Compile every Triton specialisation for sm_80, sm_90 and sm_100, with no GPU, and report what the compiler made.
+"""Compile every Triton specialisation for sm_80, 90, 100 and 120, with no GPU, and report what the compiler made.
 
-    python tools/codegen.py            check and print the table
+    python tools/codegen.py            check and print the tables
     python tools/codegen.py --write    and write docs/codegen.md
     python tools/codegen.py --quick    the specialisations of one training step only
 
 The kernels compiled are those the launchers would launch: each launcher is called on CPU tensors with its kernel
-replaced by a recorder, and the recorded arguments go through Triton's own specialisation. Registers, stack and
-spills are read from the cubin, the width of loads and stores from SASS.
+replaced by a recorder, and the recorded arguments go through Triton's own specialisation. Registers, stack and spills
+are read from the cubin; the width of loads, and the instructions that a thread executes for a value, from SASS.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from triton.runtime.jit import create_function_from_signature
 import frs_kernels.triton.imitate as imitate_module
 import frs_kernels.triton.scale as scale_module
 import frs_kernels.triton.score as score_module
+from frs_kernels.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 # H * W of an image of 800 x 1344: 16,800 and 4,200 positions are a multiple of 8, the rest is not
@@ -49,15 +50,29 @@ class Case(NamedTuple):
     teacher: str
     layout: str
     channels: int
-    loss: str = ""
+    loss: str = ""  # of imitate; "mse+bce" is a step: features of 256 channels, and logits
     mode: str = ""  # of imitate: "loss", "loss+grad" or "grad"
     levels: int = 5
+    temperature: float = 1.0
 
     def __str__(self) -> str:
         dtypes = self.student if self.student == self.teacher else f"{self.student} from {self.teacher}"
-        return " ".join(
-            filter(None, (self.kernel, self.loss, self.mode, dtypes, self.layout, f"C={self.channels} L={self.levels}"))
-        )
+        tempered = "" if self.temperature == 1 else "tempered"
+        shape = f"C={self.channels} L={self.levels}"
+        return " ".join(filter(None, (self.kernel, self.loss, self.mode, tempered, dtypes, self.layout, shape)))
+
+
+# Instructions a value on sm_90, where a level's rows are aligned: what the machine code may take at most.
+BUDGETS = {
+    Case("imitate", "bf16", "bf16", "nchw", 720, "bce", "loss+grad"): 46,
+    Case("imitate", "fp32", "fp32", "nchw", 720, "bce", "loss+grad"): 48,
+    Case("imitate", "fp16", "fp16", "nchw", 720, "bce", "grad"): 33,
+    Case("imitate", "fp32", "fp32", "nchw", 256, "mse", "loss+grad"): 20,
+    Case("imitate", "bf16", "bf16", "nchw", 256, "mse", "loss+grad"): 14,
+    Case("score", "fp32", "fp32", "nchw", 720): 3.5,
+    Case("score", "bf16", "bf16", "nchw", 720): 3.5,
+    Case("score", "fp16", "fp16", "nchw", 720): 3.5,
+}
 
 
 class Report(NamedTuple):
@@ -70,6 +85,7 @@ class Report(NamedTuple):
     spills: int
     wide_loads: int
     narrow_loads: int
+    a_value: float | None  # instructions, where rows are aligned and one loss is computed
 
     @property
     def fault(self) -> str:
@@ -82,6 +98,11 @@ class Report(NamedTuple):
         aligned = self.case.layout == "nchw" or (self.case.layout == "nhwc" and row % 16 == 0)
         if aligned and not self.wide_loads:
             return "no 16-byte load"
+        if self.case in BUDGETS and self.architecture == 90:
+            if self.a_value is None:
+                return "no loop of 16-byte loads to count"
+            if self.a_value > BUDGETS[self.case]:
+                return f"{self.a_value:.1f} instructions a value, more than {BUDGETS[self.case]}"
         return ""
 
 
@@ -99,9 +120,9 @@ class Recorder:
 def cases(quick: bool) -> Iterator[Case]:
     """What is compiled.
 
-    Five levels of one dtype in every layout and tile; for imitate with every loss and mode. Every other pair of dtypes,
-    and contiguous levels that do not begin on 16 bytes, with the loss and the gradient of the paper's terms. One to
-    eight levels.
+    What has a budget. In every dtype: a step, both terms in one launch, in every layout and tile; every loss with its
+    gradient; mse and bce alone, and their gradient alone; the heaviest, kl, in every layout; a temperature; levels that
+    do not begin on 16 bytes. A step of every other pair of dtypes, and of other numbers of levels.
     """
     if quick:
         yield Case("score", "fp32", "fp32", "nchw", 80)
@@ -109,35 +130,62 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("imitate", "bf16", "bf16", "nhwc", 80, "bce", "loss+grad")
         yield Case("scale", "bf16", "bf16", "nchw", 80)
         return
-    tiles = (("nchw", 3), ("nchw", 256), ("nhwc", 3), ("nhwc", 256), ("strided", 256))
-    outputs = [(loss, mode) for loss in ("mse", "bce", "kl") for mode in ("loss", "loss+grad", "grad")]
-    outputs.remove(("kl", "grad"))  # runs the one of bce
+    yield from BUDGETS
+    tiles = (("nchw", 3), ("nchw", 80), ("nhwc", 3), ("nhwc", 80), ("strided", 80))
     for dtype in DTYPES:
-        yield Case("scale", dtype, dtype, "nchw", 256)
+        yield Case("scale", dtype, dtype, "nchw", 80)
         for layout, channels in tiles:
             yield Case("score", dtype, dtype, layout, channels)
-            for loss, mode in outputs:
-                yield Case("imitate", dtype, dtype, layout, channels, loss, mode)
-    for student, teacher in itertools.permutations(DTYPES, 2):
-        for layout, loss in (("nchw", "mse"), ("nchw", "bce"), ("nhwc", "bce")):
-            yield Case("imitate", student, teacher, layout, 256, loss, "loss+grad")
-    for dtype in DTYPES:
+            yield Case("imitate", dtype, dtype, layout, channels, "mse+bce", "grad" if dtype == "fp16" else "loss+grad")
+        for loss in LOSSES:
+            yield Case("imitate", dtype, dtype, "nchw", 256, loss, "loss+grad")
+        for loss, mode in itertools.product(("mse", "bce"), ("loss", "grad")):
+            yield Case("imitate", dtype, dtype, "nchw", 256, loss, mode)
+        for layout in ("nhwc", "strided"):
+            yield Case("imitate", dtype, dtype, layout, 256, "kl", "loss+grad")
+        yield Case("imitate", dtype, dtype, "nchw", 256, "bce", "loss+grad", temperature=2.0)
         yield Case("score", dtype, dtype, "misaligned", 256)
-        yield Case("imitate", dtype, dtype, "misaligned", 256, "mse", "loss+grad")
-        yield Case("imitate", dtype, dtype, "misaligned", 256, "bce", "loss+grad")
-    for levels in (1, 2, 3, 4, 6, 7, 8):
+        yield Case("imitate", dtype, dtype, "misaligned", 256, "mse+bce", "loss+grad")
+    for student, teacher in itertools.permutations(DTYPES, 2):
+        yield Case("imitate", student, teacher, "nchw", 80, "mse+bce", "loss+grad")
+    for levels in (1, 3, 8):
         yield Case("score", "bf16", "bf16", "nchw", 256, levels=levels)
-        yield Case("imitate", "bf16", "bf16", "nchw", 256, "bce", "loss+grad", levels=levels)
+        yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse+bce", "loss+grad", levels=levels)
 
 
-def levels_of(case: Case, dtype: str) -> list[torch.Tensor]:
+def levels_of(case: Case, dtype: str, channels: int) -> list[torch.Tensor]:
     sizes = [SIZES[min(i, len(SIZES) - 1)] for i in range(case.levels)]
-    levels = [torch.zeros(2, case.channels, h, w, dtype=DTYPES[dtype]) for h, w in sizes]
+    levels = [torch.zeros(2, channels, h, w, dtype=DTYPES[dtype]) for h, w in sizes]
     if case.layout == "nhwc":
         return [x.to(memory_format=torch.channels_last) for x in levels]
     if case.layout == "misaligned":
         return [torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape) for x in levels]
     return [x.transpose(2, 3) for x in levels] if case.layout == "strided" else levels
+
+
+def call(case: Case) -> None:
+    """Call the launcher of this case."""
+    losses = case.loss.split("+")
+    # The features of a step have 256 channels, whatever the number of classes.
+    channels = [256 if loss == "mse" and len(losses) == 2 else case.channels for loss in losses]
+    student = [x for c in channels for x in levels_of(case, case.student, c)]
+    teacher = [x for c in channels for x in levels_of(case, case.teacher, c)]
+    if case.kernel == "score":
+        score_module.score(student)
+    elif case.kernel == "scale":
+        scale_module.scale_(student + teacher, torch.ones(()))
+    else:
+        scores = torch.zeros(
+            sum(x[:, 0].numel() for x in student[: case.levels]), dtype=torch.float64 if "fp64" in case else None
+        )
+        entries, terms = len(student), len(losses)
+        imitate_module.imitate(
+            student, teacher, scores, scores[: case.levels],
+            [e % case.levels for e in range(entries)], [e // case.levels for e in range(entries)],
+            [1.0] * entries, [0.0] * entries, losses, [1.0] * terms,
+            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms, [1.0] * terms,
+            ["grad" in case.mode] * terms, "loss" in case.mode,
+        )  # fmt: skip
 
 
 def record(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -148,18 +196,7 @@ def record(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     recorder = Recorder(kernel)
     setattr(module, name, recorder)
     try:
-        student, teacher = levels_of(case, case.student), levels_of(case, case.teacher)
-        if case.kernel == "score":
-            score_module.score(student)
-        elif case.kernel == "scale":
-            scale_module.scale_(student + teacher, torch.ones(()))
-        else:
-            scores = torch.zeros(sum(x[:, 0].numel() for x in student), dtype=torch.float64 if "fp64" in case else None)
-            factor = torch.ones(()) if case.mode == "grad" else None
-            imitate_module.imitate(
-                student, teacher, scores, scores[: case.levels], factor, 1.0, case.loss, 1.0,
-                "loss" in case.mode, "grad" in case.mode,
-            )  # fmt: skip
+        call(case)
     finally:
         setattr(module, name, kernel)
     ((args, kwargs),) = recorder.launches
@@ -183,7 +220,7 @@ def build(case: Case) -> list[Report]:
 
 
 def read(case: Case, architecture: int, cubin: bytes) -> Report:
-    """Registers, stack, spills and the width of global loads of a cubin."""
+    """Registers, stack, spills, the width of global loads and the instructions a value of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -192,7 +229,29 @@ def read(case: Case, architecture: int, cubin: bytes) -> Report:
     wide = sum(".128" in load for load in loads)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", text)[0]) for key in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
-    return Report(case, architecture, registers, stack, spills, wide, len(loads) - wide)
+    return Report(
+        case, architecture, registers, stack, spills, wide, len(loads) - wide, instructions_a_value(case, text)
+    )
+
+
+def instructions_a_value(case: Case, sass: str) -> float | None:
+    """Instructions in the innermost loop of 16-byte loads, for each of the values that a thread loads in one round.
+
+    It is where an aligned level spends its time. The loop over the slots loads 8 bytes at once.
+    """
+    bytes_a_value = DTYPES[case.student].itemsize
+    bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel == "imitate" else 0
+    code = [(int(at, 16), words) for at, words in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    counts = []
+    for end, words in code:
+        jump = re.search(r"\bBRA\S* (?:\S+, )?0x([0-9a-f]+)", words)
+        if jump is None or int(jump[1], 16) >= end:
+            continue
+        body = [other for at, other in code if int(jump[1], 16) <= at <= end]
+        loads = re.findall(r"\bLDG\S*", " ".join(body))
+        if loads and all(".128" in load for load in loads) and case.kernel != "scale":
+            counts.append(len(body) / (16 * len(loads) / bytes_a_value))
+    return counts[0] if len(counts) == 1 else None
 
 
 def run(*command: object) -> str:
@@ -203,38 +262,57 @@ PAGE = """\
 # What the Triton compiler makes of the kernels
 
 Generated by `make codegen`; not edited. Every specialisation is compiled ahead of time, no GPU needed, by Triton
-{version}. `make test` fails if one spills, takes more than {most} registers, or has no 16-byte global load where rows
-are aligned.
+{version}. `make test` fails if one spills, takes more than {most} registers, has no 16-byte global load where rows are
+aligned, or takes more instructions a value than its budget.
 
 {cases} specialisations for {architectures} architectures, {binaries} binaries. Most registers: {registers}. Stack:
 {stack} bytes in all. Spill instructions: {spills}.
+
+## Instructions a value
+
+Those of the loop that walks over the channels of a level whose rows are aligned, for each value that a thread loads in
+one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20 and 14 for mse (fp32, bf16)
+and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp), which takes 32 clocks of a
+warp for them: about as long as the rest takes to issue. On sm_100 two multiplications and additions are one
+instruction.
+
+| kernel, loss, mode, dtype, layout, channels, levels | sm_{architecture_names} | budget (sm_90) |
+|---|---|---|
+{budgets}
+
+## Registers and loads
 
 Loads are counted in the code: of 16 bytes, and narrower. The narrower serve levels whose rows are not aligned, the
 scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
 levels that do not begin on 16 bytes (misaligned) have no aligned rows.
 
-| kernel, loss, mode, dtype, layout, channels, levels | registers sm_80 / 90 / 100 | 16-byte loads | narrower |
+| kernel, loss, mode, dtype, layout, channels, levels | registers sm_{architecture_names} | 16-byte loads | narrower |
 |---|---|---|---|
 """
 
 
 def markdown(reports: Sequence[Report]) -> str:
     """docs/codegen.md: a line a specialisation."""
+    grouped = {case: list(made) for case, made in itertools.groupby(reports, key=lambda r: r.case)}
+    lines, budgets = [], []
+    for case, made in grouped.items():
+        registers = " / ".join(str(r.registers) for r in made)
+        lines.append(f"| {case} | {registers} | {made[1].wide_loads} | {made[1].narrow_loads} |")
+        if case in BUDGETS:
+            counts = " / ".join(f"{r.a_value:.1f}" if r.a_value else "?" for r in made)
+            budgets.append(f"| {case} | {counts} | {BUDGETS[case]} |")
     head = PAGE.format(
         version=triton.__version__,
         most=MAX_REGISTERS,
-        cases=len({r.case for r in reports}),
+        cases=len(grouped),
         architectures=len(ARCHITECTURES),
+        architecture_names=" / ".join(map(str, ARCHITECTURES)),
         binaries=len(reports),
         registers=max(r.registers for r in reports),
         stack=sum(r.stack for r in reports),
         spills=sum(r.spills for r in reports),
+        budgets="\n".join(budgets),
     )
-    lines = []
-    for case, group in itertools.groupby(reports, key=lambda r: r.case):
-        made = list(group)
-        registers = " / ".join(str(r.registers) for r in made)
-        lines.append(f"| {case} | {registers} | {made[1].wide_loads} | {made[1].narrow_loads} |")
     return head + "\n".join(lines) + "\n"
 
 
@@ -245,14 +323,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compile in this many processes")
     options = parser.parse_args(argv)
     with ProcessPoolExecutor(options.jobs) as pool:
-        reports = [r for made in pool.map(build, cases(options.quick), chunksize=4) for r in made]
+        reports = [r for made in pool.map(build, dict.fromkeys(cases(options.quick))) for r in made]
     text = markdown(reports)
     if options.write:
         (ROOT / "docs" / "codegen.md").write_text(text)
     faults = [r for r in reports if r.fault]
     for r in faults:
         print(f"FAULT sm_{r.architecture} {r.case}: {r.fault}")
-    print(text if not options.write else text.split("| kernel")[0])
+    print(text if not options.write else text.split("## Registers")[0])
     print(f"{len(reports)} binaries, {len(faults)} faults")
     return 1 if faults else 0
 

@@ -1,4 +1,4 @@
-"""What nvcc made of csrc/cuda: registers, memory, width of loads and stores of every kernel in the CUDA library.
+"""What nvcc made of csrc/cuda: registers, memory, width of loads and stores, and what a value costs (sass.py).
 
     python tools/resources.py [--write]     a line a kernel; --write puts them into docs/codegen-cuda.md
 
@@ -11,18 +11,19 @@ import argparse
 import itertools
 import json
 import re
-import shutil
-import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = ROOT / "frs_kernels" / "lib" / "libfrs_cuda.so"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import sass
+from sass import LIBRARY, ROOT
+
 VERBS = ("score", "imitate", "scale")
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor
 
 
@@ -44,7 +45,7 @@ class Kernel(NamedTuple):
     @property
     def packet(self) -> int:
         """The numbers moved at once on a level whose rows are aligned."""
-        return int(self.arguments[-1]) if self.arguments else 16
+        return sass.packet(self.arguments) if self.arguments else 16
 
     def fault(self, most_registers: int = MAX_REGISTERS) -> str:
         """Why this is not good enough, or an empty string."""
@@ -54,7 +55,8 @@ class Kernel(NamedTuple):
             return f"{self.stack} bytes of stack, {self.local} of local memory, {self.spills} spill instructions"
         if self.packet > 1 and not self.wide_loads:
             return "no 16-byte load"
-        if self.packet > 1 and self.verb != "score" and not self.wide_stores:
+        stores = self.verb != "score" and "loss" not in self.arguments
+        if self.packet > 1 and stores and not self.wide_stores:
             return "no 16-byte store"
         return ""
 
@@ -62,27 +64,15 @@ class Kernel(NamedTuple):
         return f"{self.verb}<{', '.join(self.arguments)}> sm_{self.architecture}"
 
 
-def find_cuobjdump() -> Path | None:
-    """cuobjdump on the PATH, in the newest toolkit under /usr/local, or the one that Triton carries."""
-    places = [shutil.which("cuobjdump")]
-    places += sorted(map(str, Path("/usr/local").glob("cuda*/bin/cuobjdump")), reverse=True)
-    spec = find_spec("triton")  # found without importing it
-    if spec and spec.origin:
-        places.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    return next((Path(p) for p in places if p and Path(p).is_file()), None)
-
-
 def kernels() -> Iterator[Kernel]:
     """All kernels of the library, on all architectures."""
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump, "no cuobjdump"
     for architecture in ARCHITECTURES:
-        usage = demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "--dump-resource-usage", LIBRARY))
-        code = dict(functions(demangle(run(cuobjdump, "-arch", f"sm_{architecture}", "-sass", LIBRARY))))
+        code = sass.code_of(LIBRARY, architecture)
+        usage = sass.cuobjdump("-arch", f"sm_{architecture}", "--dump-resource-usage", LIBRARY)
         for line, numbers in re.findall(r"Function (.*):\n(.*REG:.*)", usage):
             used = {key: int(number) for key, number in re.findall(r"(\w+):(\d+)", numbers)}
-            name = signature(line)
-            lines = code[name]
+            name = sass.signature(line)
+            ops = [step.op for step in code[name]]
             yield Kernel(
                 name[0],
                 name[1:],
@@ -91,38 +81,11 @@ def kernels() -> Iterator[Kernel]:
                 used["STACK"],
                 used["LOCAL"],
                 used["SHARED"],
-                len(lines),
-                sum(bool(re.search(r"\bLDG\S*\.128", x)) for x in lines),
-                sum(bool(re.search(r"\bSTG\S*\.128", x)) for x in lines),
-                sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in lines),
+                len(ops),
+                sass.widths(ops, "LDG").get(128, 0),
+                sass.widths(ops, "STG").get(128, 0),
+                sum(op.split(".")[0] in ("LDL", "STL") for op in ops),
             )
-
-
-def functions(sass: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """The instructions of every function in a listing."""
-    for part in re.split(r"Function : ", sass)[1:]:
-        name, _, listing = part.partition("\n")
-        yield signature(name), re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", listing)
-
-
-def signature(name: str) -> tuple[str, ...]:
-    """The verb of a kernel's demangled name and its template arguments, without what is the same for all."""
-    found = re.search(r"(\w+)_kernel(?:<(.*?)>)?\(", name)
-    assert found, name
-    short = re.sub(r"frs::cuda::|\(anonymous namespace\)::|__nv_|__", "", found[2] or "")
-    words = {"(frs::Loss)0": "mse", "(frs::Loss)1": "bce", "(frs::Loss)2": "kl", "true": "loss", "false": "no loss"}
-    return found[1], *(words.get(word, word) for word in short.split(", ") if word)
-
-
-def demangle(text: str) -> str:
-    return subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True).stdout
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-4000:]}")
-    return done.stdout
 
 
 PAGE = """\
@@ -133,18 +96,50 @@ spills, takes more than {most} registers, or has no 16-byte access where rows ar
 
 {kernels} kernels for {architectures} architectures. Most registers: {registers}. Stack and local memory: {memory}
 bytes. Spill instructions: {spills}. Template arguments: dtypes of student and teacher (Any: read at run time), what is
-computed in, the loss, whether it is wanted, and the numbers that are moved at once. Instructions and accesses are
-sm_90's.
+computed in, the numbers that are moved at once, the losses (usual: mse and bce at temperature 1; every: all five), and
+what is wanted of them (any: read at run time). Instructions and accesses are sm_90's.
 
-| kernel | registers sm_80 / 90 / 100 | shared bytes | instructions | 16-byte loads | 16-byte stores |
+| kernel | registers sm_80 / 90 / 100 / 120 | shared bytes | instructions | 16-byte loads | 16-byte stores |
 |---|---|---|---|---|---|
-"""
+{lines}
+
+## What a value costs
+
+Instructions a value, sm_90: the longest way through the loop of each walk (`csrc/cuda/walks.cuh`) of the kernels that
+know what is wanted, by loss, student, teacher and what that is. Instructions whose predicate fails are counted,
+subroutines for rare cases are not. `numbers` is for strides that no packet fits; its longest way splits positions by
+the width of the level. `make test` fails where a walk is missing or passes its budget (`tools/sass.py`).
+
+- values: of a thread's iteration in `lines`, as are the columns after it
+- unit: slots of the unit for exp and 1/x. It gives 16 results a clock and multiprocessor, so that a warp's take as long
+  as {of_mufu} instructions take to issue
+- slots: the larger of instructions and unit, which bounds the loop
+- budget: of both, in `lines`. A packet may take {run} more in `run` and {positions} more in `positions`, for where it
+  lies and for its shares
+- loads, stores: count × bytes, of an iteration
+- before: instructions on the longest way to the loop, most of what a tile costs beside its values
+
+{exceptions}
+
+{walks}
+`score`: the loops with five and with eight packets under way, few classes (a value of four), one number at a time.
+
+{score}"""
 
 
 def markdown(found: list[Kernel]) -> str:
-    """docs/codegen-cuda.md: a line a kernel."""
+    """docs/codegen-cuda.md: a line a kernel, then a line a walk."""
     record = json.loads((LIBRARY.parent / "build.json").read_text())
-    head = PAGE.format(
+    lines = []
+    in_order = sorted(found, key=lambda k: (VERBS.index(k.verb), k.arguments, k.architecture))
+    for _, group in itertools.groupby(in_order, key=lambda k: (k.verb, k.arguments)):
+        made = list(group)
+        registers = " / ".join(str(k.registers) for k in made)
+        k = next(k for k in made if k.architecture == sass.ARCHITECTURE)
+        name = f"{k.verb} {', '.join(k.arguments)}"
+        lines.append(f"| {name} | {registers} | {k.shared} | {k.instructions} | {k.wide_loads} | {k.wide_stores} |")
+    tables = sass.tables(sass.walks_of(sass.code_of(LIBRARY, sass.ARCHITECTURE)))
+    return PAGE.format(
         compiler=record["cuda"]["compiler"],
         most=MAX_REGISTERS,
         kernels=len(found) // len(ARCHITECTURES),
@@ -152,16 +147,14 @@ def markdown(found: list[Kernel]) -> str:
         registers=max(k.registers for k in found),
         memory=sum(k.stack + k.local for k in found),
         spills=sum(k.spills for k in found),
+        lines="\n".join(lines),
+        of_mufu=sass.SLOTS_OF_MUFU,
+        run=sass.MORE["run"],
+        positions=sass.MORE["positions"],
+        exceptions=textwrap.fill(" ".join(why for _, why in sass.UNIT_BUDGETS.values()), 120),
+        walks=tables["imitate"],
+        score=tables["score"],
     )
-    lines = []
-    in_order = sorted(found, key=lambda k: (VERBS.index(k.verb), k.arguments, k.architecture))
-    for _, group in itertools.groupby(in_order, key=lambda k: (k.verb, k.arguments)):
-        made = list(group)
-        registers = " / ".join(str(k.registers) for k in made)
-        k = made[1]
-        name = f"{k.verb} {', '.join(k.arguments)}"
-        lines.append(f"| {name} | {registers} | {k.shared} | {k.instructions} | {k.wide_loads} | {k.wide_stores} |")
-    return head + "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -175,6 +168,7 @@ def main() -> int:
     else:
         print(text)
     faults = [f"FAULT {k}: {k.fault()}" for k in found if k.fault()]
+    faults += [f"FAULT {x}" for x in sass.faults(sass.walks_of(sass.code_of(LIBRARY, sass.ARCHITECTURE)))]
     print(*faults, f"{len(found)} kernels, {len(faults)} faults", sep="\n")
     return 1 if faults else 0
 

@@ -73,9 +73,10 @@ inline double imitate_row(const Values<float, S>& v) {
 
 template <class T, class S>
 inline void share_run(T* share, const S* scores, S norm, const Entry& entry, int64_t size) {
-  const S denominator = norm + static_cast<S>(entry.eps), scale = static_cast<S>(entry.scale);
+  const S denominator = norm + static_cast<S>(entry.eps);
+  const T scale = static_cast<T>(entry.scale);
   for (int64_t i = 0; i < size; ++i)
-    share[i] = denominator == 0 ? T(0) : static_cast<T>(scores[i] / denominator * scale);
+    share[i] = denominator == 0 ? T(0) : static_cast<T>(scores[i] / denominator) * scale;
 }
 
 // The shares and coefficients of the positions [p0, p1) of a tile.

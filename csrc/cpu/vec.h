@@ -92,13 +92,17 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
   static FRS_INLINE V exact_exp_neg(V a) { return exp_neg(a); }
 
   // With t = e / (2 + e) it is 2 atanh(t) = e - t (e - t^2 P(t^2)). P is fitted on t^2 in [0, 1/9] to 2^-27.7 relative;
-  // the whole stays within 1.6 ulp, also where log(1 + e) would lose all digits. A CPU divides beside its
-  // multiplications, which are what bce keeps busy (docs/design-notes.md).
+  // the whole stays within 1.6 ulp, also where log(1 + e) would lose all digits. Eight lanes divide beside their
+  // multiplications, which are what bce keeps busy; sixteen wait for the divider (docs/design-notes.md).
   static FRS_INLINE V log1p(V e) {
+#if defined(__AVX512F__)
+    return log1p_by_powers(e);
+#else
     const V t = e / (2.0f + e);
     const V q = t * t;
     const V p = ((2.801204871e-01f * q + 2.800179067e-01f) * q + 4.002152834e-01f) * q + 6.666641626e-01f;
     return e - t * (e - q * p);
+#endif
   }
 };
 

@@ -1,5 +1,5 @@
-// distill: score, then imitate with its scores and its mass as the norm, in one workspace that is reset once. From sm_90
-// on imitate begins while score drains: student and teacher are on their way before it waits for the scores.
+// distill: score, then imitate with its scores and its mass as the norm, in one workspace that is reset once. From
+// sm_90 on imitate begins while score drains: student and teacher are on their way before it waits for the scores.
 #include "verbs.cuh"
 
 namespace frs {

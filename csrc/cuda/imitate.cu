@@ -172,8 +172,7 @@ std::vector<Group> groups_of(const Imitate& call) {
   };
   const auto is_logits = [&](const Entry& entry) {
     bool is = false;
-    EveryLoss::with(call.terms[entry.term].loss,
-                    [&](auto loss) { is = Traits<decltype(loss)::value>::takes_logits; });
+    EveryLoss::with(call.terms[entry.term].loss, [&](auto loss) { is = Traits<decltype(loss)::value>::takes_logits; });
     return is;
   };
   for (const bool logits : {true, false})
@@ -255,7 +254,8 @@ int64_t plan(const Imitate& call, const Group& group, int width, ImitateTable& t
     table.starts[i] = static_cast<uint32_t>(blocks);
     row.entry = static_cast<uint16_t>(&entry - call.entries);
     row.level = static_cast<uint16_t>(entry.level);
-    row.term = static_cast<uint16_t>(std::find(group.terms.begin(), group.terms.end(), entry.term) - group.terms.begin());
+    row.term =
+        static_cast<uint16_t>(std::find(group.terms.begin(), group.terms.end(), entry.term) - group.terms.begin());
     if (is_empty(entry)) continue;
     const bool split = !has_positions(entry.student, entry.teacher, entry.grad);
     row.student = operand_of(entry.student, !split);
@@ -304,8 +304,13 @@ void launch_imitate(const Imitate& call, const Workspace& workspace, void* strea
     parameters.call_terms = static_cast<uint32_t>(call.term_count);
     for (size_t t = 0; t < group.terms.size(); ++t) {
       const Term& term = call.terms[group.terms[t]];
-      parameters.terms[t] = {term.weight, term.temperature, term.beta, term.factor,
-                             term.factor_dtype, term.loss, static_cast<uint32_t>(group.terms[t])};
+      parameters.terms[t] = {term.weight,
+                             term.temperature,
+                             term.beta,
+                             term.factor,
+                             term.factor_dtype,
+                             term.loss,
+                             static_cast<uint32_t>(group.terms[t])};
     }
     launch("imitate", chosen.kernel, blocks, stream, begin, table, parameters);
     begin = Begin::after_previous;

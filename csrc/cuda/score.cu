@@ -228,8 +228,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(A) == 4 ? 6 : 5)
       sum = V > 1 && row.wide ? score_tile<T, A, V>(row, output, tile) : score_tile<T, A, 1>(row, output, tile);
   }
   if (!store_partial(output.workspace, blockIdx.x, sum)) return;
-  sum_rows(output.workspace, table,
-           [&](uint32_t i, double s) { static_cast<A*>(output.mass)[i] = static_cast<A>(s); });
+  sum_rows(output.workspace, table, [&](uint32_t i, double s) { static_cast<A*>(output.mass)[i] = static_cast<A>(s); });
 }
 
 using Kernel = void (*)(ScoreTable, ScoreOutput);
@@ -292,8 +291,8 @@ int64_t blocks_of(const Level* levels, int64_t count, int widest, uint32_t lanes
 
 // Fills the table, if there is one, for kernels that move `widest` numbers at once; returns the number of blocks.
 int64_t plan(const Level* levels, int64_t count, int widest, ScoreTable* table) {
-  uint32_t lanes = 1;
-  while (lanes < WARP && blocks_of(levels, count, widest, lanes) < cdiv(BLOCKS, 8)) lanes *= 2;
+  uint32_t lanes = 1;  // 32 of them cost more instructions than the blocks they make are worth (a simulator: 3 times)
+  while (lanes < WARP / 2 && blocks_of(levels, count, widest, lanes) < cdiv(BLOCKS, 8)) lanes *= 2;
   int64_t blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Level& level = levels[i];

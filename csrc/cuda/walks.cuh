@@ -24,10 +24,10 @@ struct ImitateRow {
   int64_t first;
   double scale, eps;
   uint32_t channels, positions;
-  uint32_t width;                   // to split positions by, or 0
-  uint32_t lines, columns;          // of a tile, in numbers; a run has one line
-  uint32_t line_tiles, col_tiles;   // of an image
-  uint32_t divider;                 // to divide by the packets of a line, or by the positions
+  uint32_t width;                  // to split positions by, or 0
+  uint32_t lines, columns;         // of a tile, in numbers; a run has one line
+  uint32_t line_tiles, col_tiles;  // of an image
+  uint32_t divider;                // to divide by the packets of a line, or by the positions
   uint16_t entry, level, term;
   bool interleaved;
   Walk walk;
@@ -218,8 +218,7 @@ __device__ __forceinline__ typename W::A walk_flat(const ImitateRow& row, const 
     for (uint32_t i = threadIdx.x; i < count; i += THREADS)
       shares[i] = share_of.at<A>(row, image + (p0 + i) % row.positions);
   } else {
-    for (uint32_t i = threadIdx.x; i < tile.lines; i += THREADS)
-      shares[i] = share_of.at<A>(row, image + tile.line + i);
+    for (uint32_t i = threadIdx.x; i < tile.lines; i += THREADS) shares[i] = share_of.at<A>(row, image + tile.line + i);
   }
   __syncthreads();
   A sum = 0;
@@ -269,7 +268,8 @@ __device__ __forceinline__ typename W::A walk_numbers(const ImitateRow& row, con
     for (int u = 0; u < U; ++u) {
       const Spot spot = spot_of(first + u * THREADS);
       if (spot.inside)
-        pairs[u].fetch(row, address<S>(row.student, at(row.student, spot)), address<T>(row.teacher, at(row.teacher, spot)));
+        pairs[u].fetch(row, address<S>(row.student, at(row.student, spot)),
+                       address<T>(row.teacher, at(row.teacher, spot)));
     }
   };
   fetch(threadIdx.x);

@@ -22,12 +22,15 @@ void probe_exp_neg(const float* a, float* out, int64_t size) {
   each(a, out, size, [](F32 v) { return exp_neg(v); });
 }
 
-void probe_tail(const float* e, float* out, int64_t size) {
-  each(e, out, size, [](F32 v) { return tail_of(v); });
+// Of x against -x / 2, x / 2 and x itself, one after another.
+void probe_slope(const float* x, float* out, int64_t size) {
+  each(x, out, size, [](F32 v) { return bernoulli<false>(v, v * -0.5f).slope; });
+  each(x, out + size, size, [](F32 v) { return bernoulli<false>(v, v * 0.5f).slope; });
+  each(x, out + 2 * size, size, [](F32 v) { return bernoulli<false>(v, v).slope; });
 }
 
 void probe_log1p(const float* e, float* out, int64_t size) {
-  each(e, out, size, [](F32 v) { return log1p_of(v); });
+  each(e, out, size, [](F32 v) { return Primitives<F32>::log1p(v); });
 }
 
 void probe_sigmoid(const float* x, float* out, int64_t size) {
