@@ -51,8 +51,8 @@ class Imitation(torch.autograd.Function):
         scores, norm = call.scores, call.norm
         made: tuple[Tensor, ...] = ()
         if scores is None or norm is None:
-            *made, total, values, grads = verbs.distill(student, call.teacher, call.logits, *columns)
-            scores, norm = made
+            scores, norm, total, values, grads = verbs.distill(student, call.teacher, call.logits, *columns)
+            made = (scores, norm)
         else:
             total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
         ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
@@ -113,8 +113,9 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
             for e, grad in zip(entries, grads, strict=True):
                 results[e] = grad
         elif mode == "backward":
-            late.append(_late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, of_terms[t]))
-    _imitate_late(ctx, saved, [term for term in late if term is not None], results)
+            term = _late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, of_terms[t])
+            late += [] if term is None else [term]
+    _imitate_late(ctx, saved, late, results)
     ctx.spent = len(saved["grads"]) > 0 and not torch.compiler.is_compiling()
     for factor, grads in to_scale:
         VERBS[ctx.backend].scale_(grads, factor)

@@ -56,7 +56,7 @@ def _why_not_native(backend: str, device_type: str) -> str | None:
 @functools.cache
 def _why_no_code() -> str | None:
     """Why the CUDA library has no code for a GPU in sight, if it has none."""
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if (reason := native.why_no_code(10 * major + minor, driver)) is not None:

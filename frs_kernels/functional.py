@@ -123,7 +123,7 @@ def fsr_loss(
         feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4.
         cls_loss: "bce", or "kl" for the Bernoulli KL(teacher || student): the same gradient, 0 where they agree.
         temperature: divides the logits inside `cls`, which is then multiplied by its square.
-        beta: of "smooth_l1": half the square of a difference below it, over beta, and the difference less beta / 2 above.
+        beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2.
         normalizer: "mass" divides a level by M_l, "mass_channels" by C * M_l.
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
@@ -257,7 +257,6 @@ def _distill(
     so where a native operator checks all of it as well, it runs only if something was refused.
     """
     lists = [levels for pair in pairs for levels in (pair.student, pair.teacher)]
-    lists += [] if teacher_logits is None else [teacher_logits]
     plain = all(type(levels) in (list, tuple) and len(levels) == len(lists[0]) for levels in lists)
     rare = mask is not None or process_group is not None or options.level_weights is not None
     if rare or not plain or torch.compiler.is_compiling():

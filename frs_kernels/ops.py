@@ -128,8 +128,9 @@ def _define(namespace: str, library: torch.library.Library, verbs: Verbs | None)
     for index, schema in enumerate(SCHEMAS):
         name = schema.partition("(")[0]
         library.define(schema)
-        for key in ("CPU", "CUDA") if verbs else ():
-            library.impl(name, verbs[index], key)
+        if verbs is not None:
+            for key in ("CPU", "CUDA"):
+                library.impl(name, verbs[index], key)
         torch.library.register_fake(f"{namespace}::{name}", fakes[index], lib=library)
     operators = getattr(torch.ops, namespace)
     return Verbs(*(getattr(operators, name).default for name in Verbs._fields))

@@ -64,7 +64,7 @@ class Options(NamedTuple):
         # Dynamo knows no cache, and (True, 1.0) == (1.0, 1.0)
         if not torch.compiler.is_compiling() and options.get("level_weights") is None:
             try:
-                return _checked_once(**options)  # type: ignore[arg-type]
+                return _checked_once(**options)
             except TypeError:
                 pass  # refused; or without a hash, which is to be refused in our words
         return _checked(**options)

@@ -28,7 +28,7 @@ BACKENDS = (
     ("triton", "cuda"),
     ("cuda", "cuda"),
 )
-OPERATORS = ("frs_triton", "frs_kernels")  # the namespaces of torch.ops that hold score, imitate and scale_
+OPERATORS = ("frs_triton", "frs_kernels")  # the namespaces of torch.ops that hold the verbs
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

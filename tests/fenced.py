@@ -12,8 +12,10 @@ import mmap
 import sys
 
 import torch
+from tables import Entry, Term, arguments, columns
 from torch import Tensor
 
+from frs_kernels.losses import LOSSES
 from frs_kernels.ops import VERBS
 
 PAGE = mmap.PAGESIZE
@@ -42,7 +44,7 @@ def fenced(values: Tensor, at_the_end: bool) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(int(sys.argv[1]))
-    score, imitate, scale_ = VERBS["cpu"]
+    score, imitate, distill, scale_ = VERBS["cpu"]
     for dtype, memory_format, at_the_end in itertools.product(DTYPES, FORMATS, (False, True)):
         x, z = (
             [
@@ -52,8 +54,12 @@ def main() -> None:
             for _ in range(2)
         )
         scores, mass = (fenced(v, at_the_end) for v in score(z))
-        for loss in ("mse", "bce", "kl"):
-            imitate(x, z, scores, mass, None, 1.0, loss, 2.0, True, True)
+        entries = [Entry(*pair, level, term) for level, pair in enumerate(zip(x, z, strict=True)) for term in range(2)]
+        factor = fenced(torch.tensor(3.0), at_the_end)
+        for loss in LOSSES:
+            terms = [Term(loss, temperature=2.0), Term(loss, 0.5, factor)]
+            imitate(*arguments(entries, terms, scores, mass))
+            distill(*arguments(entries, terms, scores, mass)[:2], z, *columns(entries, terms))
         scale_(x, fenced(torch.tensor(3.0), at_the_end))
     print(torch.ops.frs_kernels.instructions())
     if sys.argv[2:] == ["beyond"]:

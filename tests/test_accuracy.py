@@ -59,11 +59,46 @@ def test_an_expanded_teacher(rng, backend, device, axis):
         {"temperature": 2.5},
         {"temperature": 0.5, "cls_loss": "kl", "normalizer": "mass_channels", "eps": 0.3},
         {"feat_weight": 0.005, "cls_weight": 0.02, "level_weights": [0.5, 2]},
+        {"feat_loss": "smooth_l1", "beta": 0.25, "cls_loss": "kl", "temperature": 3.0},
+        {"feat_loss": "l1", "normalizer": "mass_channels", "eps": 0.3, "level_weights": [0.5, 2]},
     ],
     ids=str,
 )
 def test_every_option(rng, backend, device, dtype, options):
     assert_right(pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, device=device), backend, **options)
+
+
+BETAS = [0.0, 1e-6, 1.0, 100.0]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_l1_in_every_dtype_and_layout(rng, backend, device, dtype, layout):
+    p = pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, layout=layout, device=device)
+    assert_right(p.without("x"), backend, feat_loss="l1")
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_smooth_l1_in_every_dtype_and_layout(rng, backend, device, dtype, layout):
+    p = pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, layout=layout, device=device)
+    for beta in (0.5, 1.0):  # about half of the differences are on either side
+        assert_right(p.without("x"), backend, feat_loss="smooth_l1", beta=beta)
+
+
+@each_backend
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("mix", [(f32, f32), (bf16, f32), (f64, f64)], ids=str)
+def test_every_beta(rng, backend, device, beta, mix):
+    student, teacher = mix
+    p = pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=student, teacher_dtype=teacher, device=device)
+    answer = assert_right(p, backend, feat_loss="smooth_l1", beta=beta)
+    if beta == 0:
+        l1 = run(p, backend, feat_loss="l1")
+        assert torch.equal(answer.feat, l1.feat)
+        assert all(torch.equal(a, b) for a, b in zip(answer.grads, l1.grads, strict=True))
 
 
 @each_backend

@@ -49,7 +49,10 @@ def test_one_graph_forward_and_backward(rng, backend, device, grad_mode, dtype):
 def test_one_graph_with_every_term_and_a_tensor_weight(rng, backend, device, grad_mode):
     p = tiny(rng, device)
     weight = torch.tensor(0.25, device=device)
-    options = {"feat_weight": weight, "cls_loss": "kl", "normalizer": "mass_channels", "level_weights": [1, 0.5]}
+    options = {
+        "feat_weight": weight, "feat_loss": "smooth_l1", "beta": 0.5, "cls_loss": "kl", "normalizer": "mass_channels",
+        "level_weights": [1, 0.5],
+    }  # fmt: skip
     expected = run(p, backend, grad_mode=grad_mode, **options)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
@@ -74,7 +77,9 @@ def test_one_graph_of_every_function(rng, backend, device, given):
             return [fsr_loss(p.s, p.t, None, p.z, backend=backend)]
         if given == "logits":
             return [fsr_loss(None, None, p.x, p.z, backend=backend), *richness_mask(p.z, backend=backend).scores]
-        return [masked_imitation_loss(p.s, p.t, mask, backend=backend)]
+        return [
+            masked_imitation_loss(p.s, p.t, mask, loss=loss, backend=backend) for loss in ("mse", "l1", "smooth_l1")
+        ]
 
     for a, b in zip(torch.compile(step, backend="aot_eager", fullgraph=True)(), step(), strict=True):
         assert relative(a, b) <= 4 * torch.finfo(b.dtype).eps
@@ -103,6 +108,20 @@ def test_inductor(rng, backend, device):
 
 
 @each_backend
+@MODES
+@pytest.mark.parametrize("loss", ["l1", "smooth_l1"])
+def test_inductor_with_another_loss_of_the_features(rng, backend, device, grad_mode, loss):
+    p = tiny(rng, device)
+    options = {"feat_loss": loss, "beta": 0.7, "backend": backend, "grad_mode": grad_mode}
+    expected = run(p, **options)
+    value = torch.compile(lambda *i: fsr_loss(*i, **options), fullgraph=True)(*p.inputs)
+    grads = torch.autograd.grad(value, p.student)
+    assert abs(value - expected.loss) <= 1e-6 * expected.loss
+    for a, b in zip(grads, expected.grads, strict=True):
+        assert relative(a, b) <= 16 * torch.finfo(b.dtype).eps
+
+
+@each_backend
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_sizes_may_change_without_a_compile_for_each(rng, backend, device, dynamic):
     counter = CompileCounterWithBackend("aot_eager")
@@ -117,16 +136,17 @@ def test_sizes_may_change_without_a_compile_for_each(rng, backend, device, dynam
     assert counts[0 if dynamic else 1] == counts[-1]
 
 
-@pytest.mark.parametrize("name", ["feat_weight", "temperature", "eps"])
+@pytest.mark.parametrize("name", ["feat_weight", "temperature", "eps", "beta"])
 def test_numbers_may_change_between_calls(rng, name):
     p = tiny(rng, "cpu")
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(**options: float) -> Tensor:
-        return fsr_loss(*p.inputs, backend="torch", **options)
+        return fsr_loss(*p.inputs, feat_loss="smooth_l1", backend="torch", **options)
 
     for value in (0.5, 0.75, 1.5):
-        assert relative(step(**{name: value}), run(p, "torch", **{name: value}).loss) <= 1e-6
+        expected = run(p, "torch", feat_loss="smooth_l1", **{name: value}).loss
+        assert relative(step(**{name: value}), expected) <= 1e-6
 
 
 def _values(answer: Any) -> list[Tensor]:

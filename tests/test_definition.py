@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_right, relative
-from truth import Pyramid, authors, pyramid, truth
+from truth import Answer, Pyramid, authors, eager, pyramid, truth
 
 from frs_kernels import fsr_loss, masked_imitation_loss
 
@@ -24,6 +24,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"feat_weight": 0.005, "cls_weight": 0.02},
     {"feat_weight": 0.0},
     {"cls_weight": -1.5},
+    {"feat_loss": "l1"},
+    {"feat_loss": "smooth_l1"},
+    {"feat_loss": "smooth_l1", "beta": 0.3, "normalizer": "mass_channels", "level_weights": [0.5, 0.0, 2]},
+    {"feat_loss": "smooth_l1", "beta": 0.0, "cls_loss": "kl"},
 ]
 
 
@@ -89,18 +93,30 @@ def test_in_fp32_it_is_what_the_authors_wrote_to_the_digits_theirs_has(rng):
     assert abs(theirs.double() - right) <= 1e-4 * right
 
 
-@pytest.mark.parametrize("loss", ["mse", "bce", "kl"])
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 1.0, 100.0])
+def test_the_truth_of_the_smooth_l1_is_pytorchs(rng, beta):
+    p = pyramid(rng, dtype=torch.float64)
+    for a, b in zip(truth(p, feat_loss="smooth_l1", beta=beta).grads, eager_in_fp64(p, beta).grads, strict=True):
+        assert relative(a, b) <= 1e-15
+
+
+def eager_in_fp64(p: Pyramid, beta: float) -> Answer:
+    return eager(p, dtype=torch.float64, feat_loss="smooth_l1", beta=beta)
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl"])
 def test_masked_imitation_is_one_term_of_it(rng, loss):
     p = pyramid(rng, dtype=torch.float64)
     mask = [torch.rand(z[:, 0].shape, generator=rng, dtype=torch.float64) for z in p.z]
     options = {"normalizer": "mass_channels", "eps": 0.2, "level_weights": [1, 0.5, 2.0]}
-    if loss == "mse":
-        student, teacher, expected = p.s, p.t, truth(p.without("x"), mask=mask, feat_weight=0.3, **options)
+    if loss in ("mse", "l1", "smooth_l1"):
+        given = {"feat_weight": 0.3, "feat_loss": loss, "beta": 0.4}
+        student, teacher, expected = p.s, p.t, truth(p.without("x"), mask=mask, **given, **options)
     else:
         student, teacher = p.x, p.z
         expected = truth(p.without("s", "t"), mask=mask, cls_weight=0.3, cls_loss=loss, temperature=2.0, **options)
     value = masked_imitation_loss(
-        student, teacher, mask, loss=loss, weight=0.3, temperature=2.0, backend="torch", **options
+        student, teacher, mask, loss=loss, weight=0.3, temperature=2.0, beta=0.4, backend="torch", **options
     )
     assert value.item() == pytest.approx(expected.loss.item(), rel=1e-13)
     for grad, right in zip(torch.autograd.grad(value, student), expected.grads, strict=True):

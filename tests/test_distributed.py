@@ -14,7 +14,11 @@ BATCH = ((4, 2, 3), (4, 1, 1))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 
 
-OPTIONS = ({}, {"normalizer": "mass_channels", "eps": 0.5, "feat_weight": 0.3})
+OPTIONS = (
+    {},
+    {"normalizer": "mass_channels", "eps": 0.5, "feat_weight": 0.3},
+    {"feat_loss": "smooth_l1", "beta": 0.5, "cls_loss": "kl"},
+)
 
 
 @each_backend

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_right, compiled_backends, each_backend, relative, run
+from tables import Entry, Term, columns
 from truth import Pyramid, pyramid, truth
 
 from frs_kernels import backends, fsr_loss, masked_imitation_loss, richness_mask
@@ -95,6 +96,66 @@ def test_an_infinity_reaches_the_loss(rng, backend, device, sign, who):
     assert answer.loss == math.inf
 
 
+FEAT_LOSSES: dict[str, dict[str, Any]] = {
+    "mse": {},
+    "l1": {"feat_loss": "l1"},
+    **{f"smooth_l1 {beta}": {"feat_loss": "smooth_l1", "beta": beta} for beta in (0.0, 1e-40, 1.0)},
+}
+
+
+@each_backend
+@MODES
+@pytest.mark.parametrize("loss", FEAT_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_where_features_agree_value_and_slope_are_zero(rng, backend, device, grad_mode, loss, dtype):
+    p = pyramid(rng, sizes=TWO, dtype=dtype, device=device)
+    with torch.no_grad():
+        p.s[0].copy_(p.t[0])
+        p.s[1][0] = p.t[1][0]
+    answer = run(p.without("x"), backend, grad_mode=grad_mode, **FEAT_LOSSES[loss])
+    assert answer.feat_per_level[0] == 0
+    assert not answer.grads[0].any()
+    assert not answer.grads[1][0].any()
+    assert answer.grads[1][1].all()
+
+
+@each_backend
+@MODES
+@pytest.mark.parametrize("loss", FEAT_LOSSES)
+def test_features_that_are_no_numbers_stay_none(rng, backend, device, grad_mode, loss):
+    """NaN in value and slope, also where the sign of a difference or a clamp would hide it; infinity as its side."""
+    p = pyramid(rng, sizes=((1, 3, 5), (1, 1, 2)), device=device)
+    where = [(0, 0, 0, 0), (0, 4, 2, 4), (0, 1, 1, 1), (0, 2, 1, 0), (0, 3, 0, 2)]
+    with torch.no_grad():
+        for index, student, teacher in zip(
+            where, (math.nan, 1.0, math.inf, -math.inf, math.inf), (0.0, math.nan, 1.0, 2.0, math.inf), strict=True
+        ):
+            p.s[0][index], p.t[0][index] = student, teacher
+    answer = run(p.without("x"), backend, grad_mode=grad_mode, **FEAT_LOSSES[loss])
+    grad = answer.grads[0]
+    assert answer.loss.isnan()
+    assert [grad[index].isnan().item() for index in where] == [True, True, False, False, True]
+    assert grad.isnan().sum() == 3
+    assert grad[where[2]] > 0 > grad[where[3]]
+    assert grad[where[2]].isinf() == (loss == "mse")
+    with torch.no_grad():
+        for index in (where[0], where[1], where[4]):
+            p.s[0][index] = p.t[0][index] = 0.0
+    answer = run(p.without("x"), backend, grad_mode=grad_mode, **FEAT_LOSSES[loss])
+    assert answer.feat_per_level[0] == math.inf
+    assert answer.feat_per_level[1].isfinite()
+
+
+@each_backend
+@pytest.mark.parametrize("loss", ["l1", "smooth_l1 1.0"])
+def test_a_level_without_mass_adds_no_difference_either(rng, backend, device, loss):
+    p = pyramid(rng, sizes=TWO, device=device)
+    p.z[0].fill_(-math.inf)
+    answer = run(p, backend, **FEAT_LOSSES[loss])
+    assert answer.feat_per_level[0] == 0
+    assert not answer.grads[0].any()
+
+
 @each_backend
 def test_a_teacher_at_infinity_is_certain(rng, backend, device):
     p = pyramid(rng, sizes=TWO, device=device)
@@ -158,7 +219,8 @@ def test_a_mask_from_outside(rng, backend, device, kind, dtype):
         "zeros": torch.zeros_like,
         "ones": torch.ones_like,
         "boxes": lambda m: (m > 0.5).to(m),
-        "signed": lambda m: (0.5 + m).index_put((torch.tensor(0),) * 3, torch.tensor(-0.05)),
+        # among many, so that little cancels
+        "signed": lambda m: (0.5 + m).index_put((torch.tensor(0),) * 3, torch.tensor(-0.05 if m.numel() > 2 else 0.5)),
         "sums to zero": lambda m: torch.stack([torch.ones_like(m[0]), -torch.ones_like(m[0])]),
     }[kind]
     mask = [make(torch.rand(s[:, 0].shape, generator=rng)).to(device, dtype) for s in p.s]
@@ -224,23 +286,26 @@ def test_strides_of_more_than_32_bits(rng, backend, device, axis):
 
 
 @pytest.fixture
-def only_the_last_program(monkeypatch):
-    """The interpreter runs one program of a launch, the one that owns the last positions and channels."""
+def only_both_ends(monkeypatch):
+    """The interpreter runs a launch's first and last program: one of them owns the last positions and channels."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if backends.why_not("triton", "cpu"):
         pytest.skip("the interpreter is off")
     builder = interpreter.interpreter_builder
 
-    def run_last(self, *args, grid, warmup, **kwargs):
+    def run_ends(self, *args, grid, warmup, **kwargs):
         monkeypatch.setattr(builder, "set_grid_dim", lambda *_: setattr(builder, "grid_dim", (*grid, 1, 1)))
-        monkeypatch.setattr(builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", (grid[0] - 1, 0, 0)))
-        interpreter.GridExecutor(self.rewrite(), self.arg_names, (1,), self.pre_run_hooks)(*args, **kwargs)
+        for program in (0, grid[0] - 1):
+            monkeypatch.setattr(
+                builder, "set_grid_idx", lambda *_, program=program: setattr(builder, "grid_idx", (program, 0, 0))
+            )
+            interpreter.GridExecutor(self.rewrite(), self.arg_names, (1,), self.pre_run_hooks)(*args, **kwargs)
 
-    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_last)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_ends)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_levels_of_more_than_2_to_the_31_elements(only_the_last_program, layout):
+def test_levels_of_more_than_2_to_the_31_elements(only_both_ends, layout):
     """The kernel at the far end of such a level; fresh memory is zero and costs nothing until it is touched."""
     shape = (1, 4096, 1024, 514)
     x, z = (torch.empty(shape, dtype=torch.float16, memory_format=layout) for _ in range(2))
@@ -249,8 +314,7 @@ def test_levels_of_more_than_2_to_the_31_elements(only_the_last_program, layout)
     x[end], z[end] = 2.0, 1.5
     scores, _ = VERBS["triton"].score([z])
     assert relative(scores[-1:], torch.sigmoid(torch.tensor([1.5]))) <= torch.finfo(torch.float32).eps
-    _, _, (grad,) = VERBS["triton"].imitate(
-        [x], [z], torch.ones(scores.shape), torch.full((1,), 0.25), None, 3.0, "mse", 1.0, False, True
-    )
+    table = columns([Entry(x, z)], [Term("mse", 3.0)], want_loss=False)
+    _, _, (grad,) = VERBS["triton"].imitate([x], [z], torch.ones(scores.shape), torch.full((1,), 0.25), *table)
     assert grad[end] == 3 * 4 * 2 * 0.5
     assert grad[0, -2, -1, -1] == 0

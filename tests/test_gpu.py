@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import FLOATS, assert_right, ids, relative, run, same_bits
+from environment import python_environment
+from tables import Entry, Term, columns
 from torch import Tensor, nn
 from truth import Pyramid, pyramid, truth
 
@@ -40,12 +45,13 @@ def test_a_whole_pyramid_is_right(rng, backend, dtype, layout, grad_mode):
     assert_right(pyramid(rng, dtype=dtype, layout=layout, **WIDE), backend, grad_mode=grad_mode)
 
 
-@pytest.mark.parametrize("cls_loss", ["bce", "kl"])
-def test_gradcheck_natively(rng, backend, cls_loss):
+@pytest.mark.parametrize(("feat_loss", "cls_loss"), [("mse", "bce"), ("l1", "kl"), ("smooth_l1", "bce")])
+def test_gradcheck_natively(rng, backend, feat_loss, cls_loss):
     p = pyramid(rng, sizes=((2, 3, 3), (1, 1, 2)), channels=3, classes=5, dtype=torch.float64, device="cuda")
 
     def call(*leaves: Tensor) -> Tensor:
-        return fsr_loss(list(leaves[:2]), p.t, list(leaves[2:]), p.z, cls_loss=cls_loss, backend=backend)
+        losses = {"feat_loss": feat_loss, "cls_loss": cls_loss}
+        return fsr_loss(list(leaves[:2]), p.t, list(leaves[2:]), p.z, backend=backend, **losses)
 
     # fp64 sums of 2^-53 leave room below the tolerance; the sums must also be the same every time.
     assert torch.autograd.gradcheck(call, p.student, nondet_tol=0.0)
@@ -55,10 +61,13 @@ def test_gradcheck_natively(rng, backend, cls_loss):
 def test_opcheck_natively(rng, backend, layout):
     p = pyramid(rng, sizes=((2, 3, 5), (1, 1, 1)), layout=layout, device="cuda")
     x = [v.detach() for v in p.x]
+    entries = [Entry(v, z, level, term) for term in range(2) for level, (v, z) in enumerate(zip(x, p.z, strict=True))]
+    table = columns(entries, [Term("bce"), Term("smooth_l1", 0.5, torch.tensor(2.0, device="cuda"), want_grad=False)])
     scores, mass = VERBS[backend].score(p.z)
     verbs = VERBS[backend]
     torch.library.opcheck(verbs.score, (p.z,))
-    torch.library.opcheck(verbs.imitate, (x, p.z, scores, mass, None, 1.0, "bce", 1.0, True, True))
+    torch.library.opcheck(verbs.imitate, (x + x, p.z + p.z, scores, mass, *table))
+    torch.library.opcheck(verbs.distill, (x + x, p.z + p.z, p.z, *table))
     torch.library.opcheck(verbs.scale_, (x, torch.tensor(2.0, device="cuda")))
 
 
@@ -76,6 +85,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
         "normalizer": "mass_channels", "eps": 1e-3, "level_weights": [1, 0.5, 2.0, 0, 1], "cls_loss": "kl",
         "feat_weight": torch.tensor(0.3, device="cuda"), "cls_weight": 0.1,
     },
+    "other losses": lambda: {"feat_loss": "smooth_l1", "beta": 0.5, "cls_loss": "kl", "temperature": 2.0},
 }  # fmt: skip
 
 
@@ -254,30 +264,90 @@ def test_memory_is_gradients_and_scores_and_a_megabyte(rng, backend, grad_mode, 
     assert len(result) == 1 + len(p.student)
 
 
-def launches(call: Callable[[], object]) -> list[str]:
+def launches(call: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """The names of the kernels that a call launches, and of what fills memory."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [e.name for e in kernels if "Memset" not in e.name and "Memcpy" not in e.name]
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    fills = [name for name in names if "Memset" in name or "FillFunctor" in name]
+    return [name for name in names if name not in fills and "Memcpy" not in name], fills
 
 
-def test_a_default_step_is_five_launches_and_three_fills(rng, backend):
-    """score, two imitate, the sum of two losses, scale_; a counter for each of the first three.
+FILLS = {"cuda": 1, "triton": 2}  # of a call's counters: Triton's score and imitate have a workspace each
 
-    The upstream gradient is given, or autograd would make it with one more fill.
-    """
+
+@pytest.mark.parametrize("options", [{}, {"return_terms": True}, {"feat_loss": "l1", "cls_loss": "kl"}], ids=str)
+def test_a_default_step_is_three_launches_and_a_fill(rng, backend, options):
+    """score, imitate, scale_. The upstream gradient is given, or autograd would make it with one more fill."""
     p = pyramid(rng, **WIDE)
     one = torch.ones((), device="cuda")
 
     def call() -> None:
-        torch.autograd.grad(fsr_loss(*p.inputs, backend=backend), p.student, one)
+        loss = fsr_loss(*p.inputs, backend=backend, **options)
+        torch.autograd.grad(loss.loss if options.get("return_terms") else loss, p.student, one)
 
     call()
-    names = launches(call)
-    fills = [name for name in names if "FillFunctor" in name]
-    assert len(fills) <= 3, names
-    assert 0 < len(names) - len(fills) <= 5, names
+    kernels, fills = launches(call)
+    copies = 2 if options.get("return_terms") else 0  # the value of each term is a tensor of its own
+    assert 0 < len(kernels) <= 3 + copies, kernels
+    assert len(fills) <= FILLS[backend], fills
+
+
+def test_features_of_another_dtype_add_a_launch(rng):
+    if backends.why_not("cuda", "cuda") is not None:
+        pytest.skip("no cuda backend")
+    p, logits = (pyramid(rng, dtype=dtype, **WIDE) for dtype in (torch.float32, torch.bfloat16))
+    one = torch.ones((), device="cuda")
+
+    def call() -> None:
+        loss = fsr_loss(p.s, p.t, logits.x, logits.z, backend="cuda")
+        torch.autograd.grad(loss, [*p.s, *logits.x], one)
+
+    call()
+    kernels, fills = launches(call)
+    assert 0 < len(kernels) <= 4, kernels
+    assert len(fills) <= 1, fills
+
+
+STEP = """
+import sys, torch
+from truth import pyramid
+from frs_kernels import fsr_loss
+rng = torch.Generator().manual_seed(int(sys.argv[1]))
+sizes = ((2, 32, 40), (2, 16, 20), (2, 8, 10), (2, 4, 5), (2, 2, 3))
+p = pyramid(rng, sizes=sizes, channels=64, classes=90, dtype=torch.bfloat16, device="cuda")
+
+def step():
+    loss = fsr_loss(*p.inputs, backend="cuda")
+    return [loss.detach(), *torch.autograd.grad(loss, p.student)]
+
+for _ in range(3):
+    step()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step()
+for _ in range(10):
+    graph.replay()
+    torch.cuda.synchronize()
+    results = [[v.clone() for v in captured], step()]
+torch.save([[v.cpu() for v in result] for result in results], sys.argv[2])
+"""
+
+
+def test_a_launch_that_begins_beside_the_one_before_changes_no_bit(rng, tmp_path):
+    """Programmatic dependent launch, which FRS_PDL=0 switches off; eager, and from a graph."""
+    if backends.why_not("cuda", "cuda") is not None:
+        pytest.skip("no cuda backend")
+    results = []
+    for asked in ("1", "0"):
+        command = [sys.executable, "-c", STEP, str(rng.initial_seed()), str(tmp_path / f"{asked}.pt")]
+        environment = python_environment(FRS_PDL=asked)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+        assert done.returncode == 0, done.stderr
+        results += torch.load(tmp_path / f"{asked}.pt")
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_other_image_sizes_compile_nothing_again(rng):

@@ -27,6 +27,13 @@ def rebuilt(p: Pyramid, leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return (list(leaves[:feats]) or None, p.t, list(leaves[feats:]) or None, p.z)
 
 
+def away_from_kinks(p: Pyramid) -> Pyramid:
+    """Features that differ by 0.05 or more: l1 has no slope at 0."""
+    differences = (0.05 + 0.4 * torch.sigmoid(s.detach() - t) for s, t in zip(p.s, p.t, strict=True))
+    near = [t + d * (1 if i else -3) for i, (t, d) in enumerate(zip(p.t, differences, strict=True))]
+    return Pyramid(near, p.t, p.x, p.z).map(torch.clone)
+
+
 @each_backend
 @pytest.mark.parametrize(
     "options",
@@ -34,11 +41,14 @@ def rebuilt(p: Pyramid, leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
         {},
         {"cls_loss": "kl", "temperature": 2.0},
         {"normalizer": "mass_channels", "eps": 0.3, "level_weights": [0.5, 2.0], "feat_weight": 0.1},
+        {"feat_loss": "l1"},
+        {"feat_loss": "smooth_l1", "beta": 0.5},
+        {"feat_loss": "smooth_l1", "beta": 20.0, "cls_loss": "kl"},
     ],
     ids=str,
 )
 def test_gradcheck(rng, backend, device, options):
-    p = tiny(rng, device, dtype=torch.float64)
+    p = away_from_kinks(tiny(rng, device, dtype=torch.float64))
 
     def call(*leaves: Tensor) -> Tensor:
         return fsr_loss(*rebuilt(p, leaves), backend=backend, **options)
@@ -47,13 +57,13 @@ def test_gradcheck(rng, backend, device, options):
 
 
 @each_backend
-@pytest.mark.parametrize("loss", ["mse", "bce", "kl"])
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl"])
 def test_gradcheck_of_masked_imitation(rng, backend, device, loss):
-    p = tiny(rng, device, dtype=torch.float64)
+    p = away_from_kinks(tiny(rng, device, dtype=torch.float64))
     mask = [torch.rand(s[:, 0].shape, generator=rng, dtype=torch.float64).to(device) for s in p.s]
 
     def call(*student: Tensor) -> Tensor:
-        return masked_imitation_loss(student, p.t, mask, loss=loss, temperature=1.5, backend=backend)
+        return masked_imitation_loss(student, p.t, mask, loss=loss, temperature=1.5, beta=0.5, backend=backend)
 
     assert torch.autograd.gradcheck(call, p.s, fast_mode=backend != "torch")
 

@@ -16,7 +16,17 @@ from environment import ROOT, python_environment
 from truth import Pyramid, pyramid, truth
 
 import frs_kernels
-from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, fsr_loss, native, richness_mask
+from frs_kernels import (
+    PRESETS,
+    FeatureAdapter,
+    FSRLoss,
+    FSRTerms,
+    Richness,
+    fsr_loss,
+    masked_imitation_loss,
+    native,
+    richness_mask,
+)
 from frs_kernels.backends import BACKENDS
 
 TINY = ((2, 2, 3), (2, 1, 1))
@@ -24,7 +34,7 @@ TINY = ((2, 2, 3), (2, 1, 1))
 SNIPPET = """
 import torch
 from typing_extensions import assert_type
-from frs_kernels import PRESETS, FSRTerms, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels import PRESETS, FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, richness_mask
 
 x = [torch.zeros(1, 2, 3, 4)]
 flag = bool(x)
@@ -35,8 +45,12 @@ assert_type(fsr_loss(None, None, x, x, return_terms=flag), torch.Tensor | FSRTer
 assert_type(masked_imitation_loss(x, x, [torch.zeros(1, 3, 4)], weight=torch.ones(())), torch.Tensor)
 assert_type(richness_mask(x).scores, list[torch.Tensor])
 assert_type(fsr_loss(x, x, x, x, **PRESETS["gfl"]), torch.Tensor)
+assert_type(fsr_loss(x, x, x, x, feat_loss="smooth_l1", beta=0.5, return_terms=True), FSRTerms)
+FSRLoss(0.5, feat_loss="l1", backend="torch")
 fsr_loss(x, x, x, x, unknown=1)  # type: ignore[call-overload]
 fsr_loss(x, x, x, x, 1.0)  # type: ignore[call-overload]
+fsr_loss(x, x, x, x, beta="1")  # type: ignore[call-overload]
+FSRLoss(feat_loss=1)  # type: ignore[arg-type]
 masked_imitation_loss(x, x)  # type: ignore[call-arg]
 """
 
@@ -115,6 +129,24 @@ def test_the_terms_add_up(rng, backend, device, weights):
 
 
 @each_backend
+@pytest.mark.parametrize("options", [{"feat_loss": "l1"}, {"feat_loss": "smooth_l1", "beta": 0.3}], ids=str)
+def test_a_loss_of_the_features_may_be_chosen(rng, backend, device, options):
+    """By fsr_loss, by its terms, by the module, and as a term alone; the head's loss is not touched."""
+    p = pyramid(rng, sizes=TINY, device=device)
+    plain = fsr_loss(*p.inputs, backend=backend, return_terms=True)
+    terms = fsr_loss(*p.inputs, feat_weight=0.7, backend=backend, return_terms=True, **options)
+    expected = truth(p.map(torch.Tensor.cpu), feat_weight=0.7, **options)
+    assert abs(terms.feat.detach().cpu() - expected.feat) <= 1e-6 * expected.feat
+    assert relative(terms.feat_per_level.cpu(), expected.feat_per_level) <= 1e-6
+    assert torch.equal(terms.cls, plain.cls)
+    assert torch.equal(terms.loss, fsr_loss(*p.inputs, feat_weight=0.7, backend=backend, **options))
+    assert torch.equal(terms.loss, FSRLoss(0.7, backend=backend, **options)(*p.inputs))
+    alone = {"loss": options["feat_loss"], "beta": options.get("beta", 1.0)}
+    masked = masked_imitation_loss(p.s, p.t, terms.mask, backend=backend, **alone)
+    assert relative(masked, terms.feat) <= 4 * torch.finfo(torch.float32).eps
+
+
+@each_backend
 @pytest.mark.parametrize("left_out", ["feat", "cls"])
 def test_a_term_that_was_not_asked_for_is_zero(rng, backend, device, left_out):
     p = pyramid(rng, sizes=TINY, device=device)
@@ -148,6 +180,7 @@ def test_a_module_gives_what_the_function_gives(rng):
     options = {
         "feat_weight": torch.tensor(0.3), "cls_weight": 0.7, "cls_loss": "kl", "temperature": 2.0, "eps": 0.1,
         "normalizer": "mass_channels", "level_weights": [1.0, 0.5], "grad_mode": "backward", "backend": "torch",
+        "feat_loss": "smooth_l1", "beta": 0.5,
     }  # fmt: skip
     mask = [s[:, 0].detach().abs() for s in p.s]
     assert torch.equal(FSRLoss(**options)(*p.inputs, mask=mask), fsr_loss(*p.inputs, mask=mask, **options))
@@ -160,8 +193,9 @@ def test_a_module_gives_what_the_function_gives(rng):
 
 
 def test_a_modules_repr_shows_its_options():
-    text = repr(FSRLoss(0.1, 0.05, cls_loss="kl", backend="torch"))
-    for part in ("feat_weight=0.1", "cls_weight=0.05", "cls_loss='kl'", "temperature=1.0", "backend='torch'"):
+    text = repr(FSRLoss(0.1, 0.05, cls_loss="kl", feat_loss="smooth_l1", beta=0.5, backend="torch"))
+    shown = ("feat_weight=0.1", "cls_weight=0.05", "cls_loss='kl'", "temperature=1.0", "backend='torch'")
+    for part in (*shown, "feat_loss='smooth_l1'", "beta=0.5"):
         assert part in text
 
 

@@ -117,7 +117,7 @@ torch.version.cuda = sys.argv[2]
 ctypes.CDLL(sys.argv[1])
 from frs_kernels import backends, native
 if native.WHY_NOT["cuda"] is None:
-    names = ("score", "imitate", "scale_")
+    names = ("score", "imitate", "distill", "scale_")
     assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"frs_kernels::{name}", "CUDA") for name in names)
     assert not torch.cuda.is_initialized()
     assert "libcuda.so" not in open("/proc/self/maps").read()
@@ -151,14 +151,30 @@ def test_the_cuda_library_loads_by_the_names_of_torchs_libraries_and_without_a_d
     assert "CUDA_HOME" in message
 
 
+OLD = "it was compiled for GPUs from sm_80 on, this one is sm_75; use backend='auto'"
+DRIVER = (
+    "for sm_120 the driver has to compile it, and the driver is of CUDA 12.8, the library of CUDA 13.0; "
+    "update the driver"
+)
+ALL = ["sm_80", "sm_90", "sm_100", "compute_100"]
+# (the library's targets, the GPUs, the driver, why it cannot serve them)
+GPUS: dict[str, tuple[list[str], list[tuple[int, int]], int, str | None]] = {
+    "two that it was compiled for": (ALL, [(9, 0), (8, 0)], 13000, None),
+    "one too old": (ALL, [(9, 0), (7, 5)], 13000, OLD),
+    "a driver too old to": (ALL, [(9, 0), (12, 0)], 12080, DRIVER),
+    "one between the generations": (["sm_80", "sm_100", "compute_100"], [(9, 0)], 13000, "it has no code for sm_90"),
+}
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("gpus", "chosen"), [([(9, 0), (8, 0)], "cuda"), ([(9, 0), (7, 5)], "triton")], ids=str)
-def test_a_gpu_too_old_for_the_cuda_library_is_another_backends(monkeypatch, compiler, compiled, gpus, chosen):
+@pytest.mark.parametrize("case", GPUS)
+def test_a_gpu_that_the_cuda_library_cannot_serve_is_another_backends(monkeypatch, compiler, compiled, case):
+    targets, gpus, driver, why = GPUS[case]
     monkeypatch.setitem(native.WHY_NOT, "cuda", None)
-    monkeypatch.setitem(native.RECORD, "cuda", {"targets": ["sm_80", "sm_100", "compute_100"]})
+    monkeypatch.setitem(native.RECORD, "cuda", {"targets": targets, "cuda": "13.0"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "_HAS_CC", True)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
     backends._why_no_code.cache_clear()
@@ -171,9 +187,8 @@ def test_a_gpu_too_old_for_the_cuda_library_is_another_backends(monkeypatch, com
         _, name, reason = function(torch.zeros(()))
     finally:
         backends._why_no_code.cache_clear()
-    assert name == chosen
-    expected = "it was compiled for GPUs from sm_80 on, this one is sm_75; use backend='auto'"
-    assert reason == (None if chosen == "cuda" else expected)
+    assert name == ("cuda" if why is None else "triton")
+    assert reason is None if why is None else reason.startswith(why)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ import triton.language as tl
 from cases import assert_right, guarded_outputs, run, same_bits
 from truth import Pyramid, pyramid
 
-import frs_kernels.functional as functional
 from frs_kernels import backends, richness_mask
-from frs_kernels.ops import VERBS, Verbs
+from frs_kernels.ops import VERBS
 from frs_kernels.triton import imitate, levels, score, slots
 from frs_kernels.triton.pointwise import pointwise as right_pointwise
 
@@ -33,21 +32,21 @@ def sigmoid_reversed(x):
 
 
 @triton.jit
-def pointwise_wrong_sign(x, z, inverse_temperature, temperature, LOSS: tl.constexpr):
-    value, slope = right_pointwise(x, z, inverse_temperature, temperature, LOSS)
+def pointwise_wrong_sign(x, z, beta, inverse_beta, LOSS: tl.constexpr):
+    value, slope = right_pointwise(x, z, beta, inverse_beta, LOSS)
     return value, -slope
 
 
 @triton.jit
-def pointwise_half_slope(x, z, inverse_temperature, temperature, LOSS: tl.constexpr):
-    value, slope = right_pointwise(x, z, inverse_temperature, temperature, LOSS)
+def pointwise_half_slope(x, z, beta, inverse_beta, LOSS: tl.constexpr):
+    value, slope = right_pointwise(x, z, beta, inverse_beta, LOSS)
     return value, slope * 0.5 if LOSS == "mse" else slope
 
 
 @triton.jit
-def pointwise_sigmoid_first(x, z, inverse_temperature, temperature, LOSS: tl.constexpr):
+def pointwise_sigmoid_first(x, z, beta, inverse_beta, LOSS: tl.constexpr):
     """The authors' form: sigmoids of both, then logs clamped at -100."""
-    value, slope = right_pointwise(x, z, inverse_temperature, temperature, LOSS)
+    value, slope = right_pointwise(x, z, beta, inverse_beta, LOSS)
     if LOSS != "mse":
         p = 1.0 / (1.0 + tl.exp(-x))
         q = 1.0 / (1.0 + tl.exp(-z))
@@ -56,9 +55,9 @@ def pointwise_sigmoid_first(x, z, inverse_temperature, temperature, LOSS: tl.con
 
 
 @triton.jit
-def pointwise_rounded(x, z, inverse_temperature, temperature, LOSS: tl.constexpr):
+def pointwise_rounded(x, z, beta, inverse_beta, LOSS: tl.constexpr):
     """A relative error of 2^-19, eight roundings of fp32."""
-    value, slope = right_pointwise(x, z, inverse_temperature, temperature, LOSS)
+    value, slope = right_pointwise(x, z, beta, inverse_beta, LOSS)
     return value * 1.0000019, slope * 1.0000019
 
 
@@ -71,7 +70,7 @@ max_that_drops_nan = changed(score.max_over_channels, lambda top: tl.where(top !
 max_over_a_padding_of_zeros = changed(score.max_over_channels, lambda top: tl.where(top < 0, 0.0, top))
 offsets_one_position_on = changed(imitate.tile_offsets, lambda at: at + 1)
 starts_in_32_bits = changed(imitate.tile_start, lambda start: start & 0x7FFFFFFF)
-sum_of_a_level_in_half = changed(score.sum_level, lambda total: total.to(tl.float16).to(tl.float64))
+sum_of_a_level_in_half = changed(score.sum_entry, lambda total: total.to(tl.float16).to(tl.float64))
 never_last = changed(score.store_partial, lambda last: last & (last != last))
 
 
@@ -101,18 +100,23 @@ def far_apart(p: Pyramid) -> None:
     assert_right(Pyramid(p.s, [t], p.x, p.z), "triton")
 
 
-def zeroed(name: str) -> Callable[[Patch], None]:
-    """A denominator of 1."""
-    return lambda patch: patch.setattr(functional, name, lambda mass, *rest: torch.ones_like(mass))
-
-
 def verbs(**changed: Callable[..., Any]) -> Callable[[Patch], None]:
-    return lambda patch: patch.setitem(VERBS, "triton", VERBS["triton"]._replace(**changed))
+    """Triton's verbs with some of them changed, `distill` made of them."""
+
+    def distill(student: Any, teacher: Any, logits: Any, *table: Any) -> Any:
+        scores, mass = VERBS["triton"].score(logits)
+        return scores, mass, *VERBS["triton"].imitate(student, teacher, scores, mass, *table)
+
+    return lambda patch: patch.setitem(VERBS, "triton", VERBS["triton"]._replace(distill=distill, **changed))
+
+
+def no_division(student: Any, teacher: Any, scores: Any, norm: Any, *rest: Any) -> Any:
+    return VERBS["torch"].imitate(student, teacher, scores, torch.ones_like(norm), *rest)
 
 
 def sum_over_positions_only(student: Any, teacher: Any, *rest: Any) -> Any:
-    total, per_level, grads = VERBS["torch"].imitate(student, teacher, *rest)
-    return total / student[0].shape[1], per_level / student[0].shape[1], grads
+    total, values, grads = VERBS["torch"].imitate(student, teacher, *rest)
+    return total / student[0].shape[1], values / student[0].shape[1], grads
 
 
 def scores_shifted(student: Any, teacher: Any, scores: Any, *rest: Any) -> Any:
@@ -120,15 +124,15 @@ def scores_shifted(student: Any, teacher: Any, scores: Any, *rest: Any) -> Any:
 
 
 def contiguous_gradients(*arguments: Any) -> Any:
-    total, per_level, grads = VERBS["torch"].imitate(*arguments)
-    return total, per_level, [g.contiguous() for g in grads]
+    total, values, grads = VERBS["torch"].imitate(*arguments)
+    return total, values, [g.contiguous() for g in grads]
 
 
 def unwritten_tail(*arguments: Any) -> Any:
-    total, per_level, grads = VERBS["torch"].imitate(*arguments)
+    total, values, grads = VERBS["torch"].imitate(*arguments)
     for g in grads:
         g[-1, -1, -1, -1:] = torch.empty_like(g[-1, -1, -1, -1:])
-    return total, per_level, grads
+    return total, values, grads
 
 
 def score_in_bf16(logits: Any) -> Any:
@@ -155,9 +159,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[[Pyramid], None], str]
     ),
     "the score of the next position": (verbs(imitate=scores_shifted), right, "contiguous"),
     "a write past the end": (kernels(imitate, "tile_offsets", offsets_one_position_on), guarded, "contiguous"),
-    "a mass in half precision": (kernels(score, "sum_level", sum_of_a_level_in_half), right, "contiguous"),
+    "a mass in half precision": (kernels(score, "sum_entry", sum_of_a_level_in_half), right, "contiguous"),
     "a mass never written": (kernels(score, "store_partial", never_last), right, "contiguous"),
-    "no division by the mass": (zeroed("_denominator"), right, "contiguous"),
+    "no division by the mass": (verbs(imitate=no_division), right, "contiguous"),
     "a mean over the channels": (verbs(imitate=sum_over_positions_only), right, "contiguous"),
     "gradients in another layout": (verbs(imitate=contiguous_gradients), right, "channels_last"),
     "a value never written": (verbs(imitate=unwritten_tail), right, "contiguous"),
@@ -198,7 +202,7 @@ def test_a_planted_fault_is_caught(rng, poison, fresh_kernels, fault):
 def test_a_scale_that_always_multiplies_is_caught(fresh_kernels):
     signalling = torch.full((64,), 0x7F800001, dtype=torch.int32).view(torch.float32)
     before = signalling.clone()
-    Verbs(*VERBS["torch"]).scale_([signalling.view(1, 1, 8, 8)], torch.ones(()))
+    signalling.mul_(torch.ones(()))
     assert not same_bits(signalling, before)
 
 

@@ -1,4 +1,4 @@
-"""The three operators as torch.library sees them, and what they do to memory: nothing outside, nothing unwritten."""
+"""The operators as torch.library sees them, and what they do to memory: nothing outside, nothing unwritten."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cases import (
     ulp,
     unharmed,
 )
+from tables import Entry, Term, columns
 from torch import Tensor
 from truth import LAYOUTS, SMALL, Pyramid, lay_out, pyramid, truth
 
@@ -32,6 +33,23 @@ def detached(levels: list[Tensor]) -> list[Tensor]:
     return [v.detach() for v in levels]
 
 
+def both_terms(p: Pyramid) -> tuple[list[Tensor], list[Tensor]]:
+    """Student and teacher of a term of logits and one of features."""
+    return detached([*p.x, *p.s]), [*p.z, *p.t]
+
+
+def table(want_loss: bool, want_grad: tuple[bool, bool]) -> list[Any]:
+    """The columns for them."""
+    factor = None if want_loss else torch.tensor(3.0)
+    terms = [Term("bce", 0.5, factor, 2.0, want_grad=want_grad[0]), Term("smooth_l1", beta=0.3, want_grad=want_grad[1])]
+    nothing = torch.zeros(())
+    entries = [Entry(nothing, nothing, level, term, 0.5, 0.1) for term in range(2) for level in range(len(TINY))]
+    return columns(entries, terms, want_loss)
+
+
+WANTED = [(True, (True, True)), (True, (False, False)), (False, (True, True)), (True, (False, True))]
+
+
 @pytest.mark.parametrize("namespace", OPERATORS)
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, (torch.float32, torch.float64)], ids=str)
@@ -40,13 +58,17 @@ class TestOpcheck:
         p = pyramid(rng, sizes=TINY, dtype=dtype, layout=layout)
         torch.library.opcheck(getattr(torch.ops, namespace).score.default, (p.z,))
 
-    @pytest.mark.parametrize(("want_loss", "want_grad"), [(True, True), (True, False), (False, True)])
+    @pytest.mark.parametrize(("want_loss", "want_grad"), WANTED)
     def test_imitate(self, rng, namespace, layout, dtype, want_loss, want_grad):
         p = pyramid(rng, sizes=TINY, dtype=dtype, layout=layout)
-        scores, mass = VERBS["torch"].score(p.z)
-        factor = None if want_loss else torch.tensor(3.0)
-        args = (detached(p.x), p.z, scores, mass, factor, 0.5, "bce", 2.0, want_loss, want_grad)
+        args = (*both_terms(p), *VERBS["torch"].score(p.z), *table(want_loss, want_grad))
         torch.library.opcheck(getattr(torch.ops, namespace).imitate.default, args)
+
+    @pytest.mark.parametrize(("want_loss", "want_grad"), WANTED)
+    def test_distill(self, rng, namespace, layout, dtype, want_loss, want_grad):
+        p = pyramid(rng, sizes=TINY, dtype=dtype, layout=layout)
+        args = (*both_terms(p), p.z, *table(want_loss, want_grad))
+        torch.library.opcheck(getattr(torch.ops, namespace).distill.default, args)
 
     def test_scale(self, rng, namespace, layout, dtype):
         p = pyramid(rng, sizes=TINY, dtype=dtype, layout=layout)
@@ -183,7 +205,7 @@ def test_every_program_of_a_launch_counts_once(rng, monkeypatch):
     for module in (score, imitate):
         monkeypatch.setattr(module, "workspace", keep)
     fsr_loss(*pyramid(rng, device=device).inputs, backend="triton").backward()
-    assert len(counters) == 3
+    assert len(counters) == 2  # score and imitate
     assert all(counter.item() == slots.numel() for slots, counter in counters)
 
 
@@ -197,20 +219,65 @@ def test_more_slots_than_one_block_of_the_sum(rng):
     assert scores.numel() == 516
 
 
+REFUSED: dict[str, tuple[Callable[..., tuple[Any, ...]], str]] = {
+    "shapes": (lambda p, scores, mass: (p.x, p.z[:1], scores, mass), "same shape"),
+    "channels": (lambda p, scores, mass: (p.x, [v[:, 1:] for v in p.z], scores, mass), "same shape"),
+    "scores": (lambda p, scores, mass: (p.x, p.z, scores[1:], mass), "scores must hold one number a position"),
+    "norm": (lambda p, scores, mass: (p.x, p.z, scores, mass[1:]), "norm one a level"),
+    "empty": (lambda p, scores, mass: ([], [], scores, mass), "one a level|at least one entry"),
+    "3-dim": (lambda p, scores, mass: ([v[0] for v in p.x], p.z, scores, mass), r"\(N, C, H, W\)"),
+}
+
+
 @pytest.mark.parametrize("namespace", OPERATORS)
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p, scores, mass: (p.x, p.z[:1], scores, mass), "same shape"),
-        (lambda p, scores, mass: (p.x, p.z, scores[1:], mass), "scores must hold one number a position"),
-        (lambda p, scores, mass: (p.x, p.z, scores, mass[1:]), "norm one a level"),
-        (lambda p, scores, mass: ([], [], scores, mass), "one a level"),
-        (lambda p, scores, mass: ([v[0] for v in p.x], p.z, scores, mass), r"\(N, C, H, W\)"),
-    ],
-    ids=["shapes", "scores", "norm", "empty", "3-dim"],
-)
-def test_an_operator_called_alone_refuses_what_would_read_outside(rng, namespace, change, message):
+@pytest.mark.parametrize("change", REFUSED)
+def test_an_operator_called_alone_refuses_what_would_read_outside(rng, namespace, change):
     p: Pyramid = pyramid(rng, sizes=TINY)
-    args = change(p, *VERBS["torch"].score(p.z))
+    make, message = REFUSED[change]
+    args = make(p.map(torch.clone), *VERBS["torch"].score(p.z))
+    entries = [Entry(p.x[level], p.z[level], level) for level in range(len(TINY))]
     with pytest.raises(ValueError, match=message):
-        getattr(torch.ops, namespace).imitate(*args, None, 1.0, "bce", 1.0, True, True)
+        getattr(torch.ops, namespace).imitate(*args, *columns(entries, [Term("bce")]))
+
+
+# what is refused of the table's columns, by name: the place in the schema and a value
+COLUMNS = ("level", "term", "scale", "eps", "loss", "weight", "factor", "temperature", "beta", "want_grad")
+WRONG: dict[str, tuple[str, Any]] = {
+    "a level that is not there": ("level", [0, 5]),
+    "a negative level": ("level", [-1, 0]),
+    "a level without an entry": ("level", [0, 0]),
+    "a term that is not there": ("term", [0, 1]),
+    "a negative term": ("term", [0, -1]),
+    **{f"a {name} too few": (name, [0.0]) for name in ("scale", "eps")},
+    **{f"a {name} too few": (name, [0]) for name in ("level", "term")},
+    **{f"a {name} too many": (name, [1.0, 1.0]) for name in ("weight", "temperature", "beta")},
+    "a factor too many": ("factor", [None, None]),
+    "a wish too few": ("want_grad", []),
+    "a term without entries": ("loss", ["bce", "mse"]),
+    "no loss": ("loss", []),
+    "an unknown loss": ("loss", ["hinge"]),
+    **{f"temperature {v}": ("temperature", [v]) for v in (0.0, -1.0, float("inf"), float("nan"))},
+    **{f"beta {v}": ("beta", [v]) for v in (-1.0, float("inf"), float("nan"))},
+    "a factor of a vector": ("factor", [torch.ones(1)]),
+    "a factor of an integer": ("factor", [torch.tensor(1)]),
+}
+
+
+@pytest.mark.parametrize("namespace", OPERATORS)
+@pytest.mark.parametrize("verb", ["imitate", "distill"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_table_that_does_not_fit_is_refused(rng, namespace, verb, wrong):
+    p = pyramid(rng, sizes=TINY)
+    x = detached(p.x)
+    entries = [Entry(x[level], p.z[level], level) for level in range(len(TINY))]
+    masks = list(VERBS["torch"].score(p.z)) if verb == "imitate" else [p.z]
+    table = columns(entries, [Term("bce")])
+    operator = getattr(getattr(torch.ops, namespace), verb)
+    operator(x, p.z, *masks, *table)
+    name, value = WRONG[wrong]
+    table[COLUMNS.index(name)] = value
+    if wrong == "a term without entries":
+        for other in ("weight", "factor", "temperature", "beta", "want_grad"):
+            table[COLUMNS.index(other)] *= 2
+    with unharmed(*x, *p.z), pytest.raises(ValueError, match=f"{verb}: " if namespace == "frs_kernels" else ""):
+        operator(x, p.z, *masks, *table)

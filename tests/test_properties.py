@@ -44,6 +44,8 @@ def pyramids(draw: st.DrawFn, **fixed: Any) -> Pyramid:
 @st.composite
 def choices(draw: st.DrawFn) -> dict[str, Any]:
     return {
+        "feat_loss": draw(st.sampled_from(["mse", "l1", "smooth_l1"])),
+        "beta": draw(st.sampled_from([0.0, 0.5, 3.0])),
         "cls_loss": draw(st.sampled_from(["bce", "kl"])),
         "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
         "normalizer": draw(st.sampled_from(["mass", "mass_channels"])),
@@ -109,6 +111,21 @@ def test_kl_is_never_negative_and_zero_where_they_agree(p):
     same = Pyramid(p.t, p.t, p.z, p.z).map(torch.clone)
     assert run(same, "torch", cls_loss="kl").loss == 0
     assert not any(g.any() for g in run(same, "torch").grads)
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), beta=st.floats(1e-3, 10))
+@few
+def test_smooth_l1_lies_between_its_neighbours(p, beta):
+    """Below l1 by at most beta / 2 a value, and below mse / (2 beta); its slope never beyond that of l1."""
+    smooth, l1, mse = (run(p.without("x"), "torch", feat_loss=loss, beta=beta) for loss in ("smooth_l1", "l1", "mse"))
+    channels = torch.tensor([s.shape[1] for s in p.s])
+    slack = 1e-13 * (l1.feat_per_level + mse.feat_per_level / beta)
+    assert (smooth.feat_per_level <= l1.feat_per_level + slack).all()
+    assert (smooth.feat_per_level >= l1.feat_per_level - channels * beta / 2 - slack).all()
+    assert (smooth.feat_per_level <= mse.feat_per_level / (2 * beta) + slack).all()
+    for a, b in zip(smooth.grads, l1.grads, strict=True):
+        assert (a.abs() <= b.abs() * (1 + 1e-14)).all()
+        assert (a * b >= 0).all()
 
 
 @given(p=pyramids())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Answer:
 
 def _answer(
     p: Pyramid,
+    feat_value: Callable[[Tensor, Tensor], Tensor],
     cls_value: Callable[[Tensor, Tensor], Tensor],
     *,
     feat_weight: float | Tensor = 1.0,
@@ -90,7 +92,7 @@ def _answer(
             return (w * S.unsqueeze(1) * value / norm).sum() if norm != 0 else 0.0 * value.sum()
 
         zero = S.new_zeros(())
-        feats.append(normalised((p.s[level] - p.t[level]) ** 2) if p.s else zero)
+        feats.append(normalised(feat_value(p.s[level], p.t[level])) if p.s else zero)
         classes.append(normalised(cls_value(p.x[level], p.z[level])) if p.x else zero)
         masks.append(S)
         masses.append(M)
@@ -107,38 +109,76 @@ def softplus(v: Tensor) -> Tensor:
     return F.softplus(v, threshold=50)  # beyond 50 fp64 does not see the difference from v
 
 
-def truth(p: Pyramid, *, cls_loss: str = "bce", temperature: float = 1.0, **options: Any) -> Answer:
+def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
+    """A pointwise loss as docs/math.md defines it."""
+    d = (x - z).abs()
+    if loss == "mse":
+        return d**2
+    if loss == "l1" or (loss == "smooth_l1" and beta == 0):
+        return d
+    if loss == "smooth_l1":
+        return torch.where(d < beta, d**2 / (2 * beta), d - beta / 2)
+    x, z = x / temperature, z / temperature
+    bce = softplus(x) - x * torch.sigmoid(z)
+    entropy = softplus(z) - z * torch.sigmoid(z)
+    return temperature**2 * (bce - entropy if loss == "kl" else bce)
+
+
+def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
+    """What PyTorch has for it."""
+    if loss == "mse":
+        return F.mse_loss(x, z, reduction="none")
+    if loss == "l1":
+        return F.l1_loss(x, z, reduction="none")
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(x, z, reduction="none", beta=beta)
+    x, z = x / temperature, z / temperature
+    bce = F.binary_cross_entropy_with_logits(x, z.sigmoid(), reduction="none")
+    if loss == "kl":
+        bce = bce - F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none")
+    return temperature**2 * bce
+
+
+def _values(
+    of: Callable[..., Tensor], feat_loss: str, cls_loss: str, temperature: float, beta: float
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature)
+
+
+def truth(
+    p: Pyramid,
+    *,
+    feat_loss: str = "mse",
+    cls_loss: str = "bce",
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    **options: Any,
+) -> Answer:
     """The definition, in fp64, of the values the tensors hold."""
-
-    def value(x: Tensor, z: Tensor) -> Tensor:
-        x, z = x / temperature, z / temperature
-        bce = softplus(x) - x * torch.sigmoid(z)
-        entropy = softplus(z) - z * torch.sigmoid(z)
-        return temperature**2 * (bce - entropy if cls_loss == "kl" else bce)
-
-    return _answer(p.to(torch.float64), value, **options)
+    return _answer(p.to(torch.float64), *_values(value, feat_loss, cls_loss, temperature, beta), **options)
 
 
 def authors(p: Pyramid, **options: Any) -> Answer:
     """What the paper's code computes, in the dtype of the inputs."""
-    return _answer(
-        p.map(torch.clone), lambda x, z: F.binary_cross_entropy(x.sigmoid(), z.sigmoid(), reduction="none"), **options
-    )
+
+    def cls_value(x: Tensor, z: Tensor) -> Tensor:
+        return F.binary_cross_entropy(x.sigmoid(), z.sigmoid(), reduction="none")
+
+    return _answer(p.map(torch.clone), partial(value, "mse"), cls_value, **options)
 
 
 def eager(
-    p: Pyramid, *, dtype: torch.dtype = torch.float32, cls_loss: str = "bce", temperature: float = 1.0, **options: Any
+    p: Pyramid,
+    *,
+    dtype: torch.dtype = torch.float32,
+    feat_loss: str = "mse",
+    cls_loss: str = "bce",
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    **options: Any,
 ) -> Answer:
     """What a user writes with PyTorch's own losses, in `dtype`."""
-
-    def value(x: Tensor, z: Tensor) -> Tensor:
-        x, z = x / temperature, z / temperature
-        bce = F.binary_cross_entropy_with_logits(x, z.sigmoid(), reduction="none")
-        if cls_loss == "kl":
-            bce = bce - F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none")
-        return temperature**2 * bce
-
-    return _answer(p.to(dtype), value, **options)
+    return _answer(p.to(dtype), *_values(eager_value, feat_loss, cls_loss, temperature, beta), **options)
 
 
 def lay_out(v: Tensor, layout: str) -> Tensor:

@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +118,6 @@ the width of the level. `make test` fails where a walk is missing or passes its 
 - loads, stores: count × bytes, of an iteration
 - before: instructions on the longest way to the loop, most of what a tile costs beside its values
 
-{exceptions}
 
 {walks}
 `score`: the loops with five and with eight packets under way, few classes (a value of four), one number at a time.
@@ -151,7 +149,6 @@ def markdown(found: list[Kernel]) -> str:
         of_mufu=sass.SLOTS_OF_MUFU,
         run=sass.MORE["run"],
         positions=sass.MORE["positions"],
-        exceptions=textwrap.fill(" ".join(why for _, why in sass.UNIT_BUDGETS.values()), 120),
         walks=tables["imitate"],
         score=tables["score"],
     )

@@ -40,14 +40,6 @@ BUDGETS = {
     ("score", 16, ""): 3,
     ("score", 32, ""): 3,
 }
-# Where that unit may take more than the budget of the instructions, and why.
-UNIT_BUDGETS = {
-    ("bce", 16, "grad"): (
-        32,
-        "In 16 bits bce's gradient alone may pass its budget by the unit: two exponentials and two reciprocals a value "
-        "are 32 slots, which bound it, not its instructions.",
-    )
-}
 # What a packet may take beyond that: where it lies, and its shares from shared memory.
 MORE = {"lines": 0, "run": 20, "positions": 32}
 
@@ -110,7 +102,6 @@ class Walk(NamedTuple):
             return ""
         if self.a_value > most:
             return f"{self}: {self.a_value:.1f} instructions a value, {most:.1f} allowed"
-        most = UNIT_BUDGETS.get(self.key(), (most, ""))[0]
         if self.unit > most:
             return f"{self}: {self.unit:.0f} slots of the unit for exp and 1/x a value, {most:.1f} allowed"
         return ""

@@ -84,12 +84,13 @@ struct Share {
   __device__ __forceinline__ N of(const ImitateRow& row, int64_t at) const {
     const N score = static_cast<const N*>(scores)[at];  // on its way beside the norm
     const N denominator = static_cast<const N*>(norm)[row.level] + static_cast<N>(row.eps);
-    const N share = score / denominator * static_cast<N>(row.scale);
+    const N share = score / denominator;
     return denominator == 0 ? 0 : share;
   }
   template <class A>
   __device__ __forceinline__ A at(const ImitateRow& row, int64_t at) const {
-    return dtype == DType::f64 ? static_cast<A>(of<double>(row, at)) : static_cast<A>(of<float>(row, at));
+    const A share = dtype == DType::f64 ? static_cast<A>(of<double>(row, at)) : static_cast<A>(of<float>(row, at));
+    return share * static_cast<A>(row.scale);
   }
 };
 

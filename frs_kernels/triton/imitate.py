@@ -1,17 +1,19 @@
-"""imitate: the masked imitation loss of every level and its gradient by the student, in one pass.
+"""imitate: the masked imitation losses of a table of entries and their gradients by the student, in one launch.
 
-    share_p    = S_p / norm_l                                     0 where norm_l is 0
-    loss_l     = sum_p share_p sum_c value(x_pc, z_pc)            (value, slope: pointwise.py)
-    total      = weight * factor * sum_l loss_l
-    gradient   = weight * factor * share_p * slope(x_pc, z_pc)
+    share_p  = scale_e S_p / (norm_l + eps_e)           0 where norm_l + eps_e is 0
+    value_e  = sum_p share_p sum_c value(x_pc, z_pc)     (value, slope: pointwise.py)
+    value_t  = sum of the values of the term's entries
+    total    = sum_t weight_t factor_t value_t
+    grad_e   = weight_t factor_t share_p slope(x_pc, z_pc)
 
-A program takes BLOCK_P positions of one image and walks over a chunk of their channels. weight comes from the host,
-factor (an upstream gradient, a weight kept on the device) and norm are read on the device.
+A program takes BLOCK_P positions of one image and walks over a chunk of their channels. Programs run from the last
+entry to the first, and logits come last among the entries: the teacher's are read from where `score` stopped reading.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,126 +21,251 @@ import triton.language as tl
 from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype
+from frs_kernels.losses import LOSSES
 from frs_kernels.triton import levels as lv
-from frs_kernels.triton.levels import find_level, pick, size_of, tile_offsets, tile_start
-from frs_kernels.triton.pointwise import pointwise
-from frs_kernels.triton.slots import store_partial, sum_level, workspace
+from frs_kernels.triton.checks import check_imitate
+from frs_kernels.triton.levels import (
+    channel_stride,
+    entry_of,
+    inside,
+    is_in,
+    number_of,
+    pick,
+    size_of,
+    tile_offsets,
+    tile_start,
+)
+from frs_kernels.triton.pointwise import ZERO_AT_ZERO, pointwise
+from frs_kernels.triton.slots import store_partial, sum_entry, workspace
+
+
+class Rows(NamedTuple):
+    """What is known of an entry beside its tensors, an element an entry, encoded by `odd` and `halves`."""
+
+    levels: tuple[int, ...]
+    first_positions: tuple[int, ...]  # in the flat scores
+    places: tuple[int, ...]  # of its value; Triton keeps the name `values` for itself
+    scales: tuple[tuple[int, ...], ...]
+    eps: tuple[tuple[int, ...], ...]
+
+
+class Terms(NamedTuple):
+    """What is known of a term: `numbers_of`, and its factor."""
+
+    numbers: tuple[tuple[int, ...], ...]
+    factors: tuple[Tensor | None, ...]
+
+
+@triton.jit
+def shares(scores_at, mask, norm_at, eps, scale, ACC: tl.constexpr):
+    """scale S_p / (norm + eps) of a program's positions, 0 where there is no position and where the divisor is 0."""
+    norm = tl.load(norm_at)
+    denominator = norm + eps.to(norm.dtype)
+    share = tl.where(denominator == 0, 0.0, tl.load(scores_at, mask=mask, other=0.0) / denominator)
+    return share.to(ACC) * scale.to(ACC)
+
+
+@triton.jit
+def upstream_of(terms, TERM: tl.constexpr, ACC: tl.constexpr):
+    """weight * factor"""
+    upstream = number_of(terms.numbers[TERM][0], terms.numbers[TERM][1]).to(ACC)
+    if terms.factors[TERM] is not None:
+        upstream *= tl.load(terms.factors[TERM]).to(ACC)
+    return upstream
 
 
 @triton.jit
 def imitate_tile(
-    x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channels, hw, inner, width,
-    x_strides, z_strides, grad_strides, level, inverse_temperature, temperature,
-    LOSS: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, WANT_LOSS: tl.constexpr, WANT_GRAD: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    student, teacher, grad, terms, scores_at, norm_at, scale, eps,
+    entry, n, c_first, c_last, p0, channels, hw, width,
+    SEGMENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, WANT_LOSS: tl.constexpr,
 ):  # fmt: skip
-    if LAYOUT == "nchw":
-        hw = inner
-    else:
-        channels = inner
-    c = tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    in_level = p < hw - p0
-    at_x = tile_offsets(c, p, p0, channels, hw, width, x_strides, level, LAYOUT, INDEX)
-    at_z = tile_offsets(c, p, p0, channels, hw, width, z_strides, level, LAYOUT, INDEX)
+    """A program's gradients, stored, and its loss. The next channels are on their way while these are computed."""
+    BLOCK_P: tl.constexpr = SEGMENT.block_p
+    LOSS: tl.constexpr = SEGMENT.loss  # Triton 3.6 takes no attribute that is a string for an argument
+    x_ptr, z_ptr = pick(student.pointers, entry, SEGMENT), pick(teacher.pointers, entry, SEGMENT)
+    grad_ptr = pick(grad.pointers, entry, SEGMENT)
+    ACC: tl.constexpr = tl.float64 if SEGMENT.double else tl.float32
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    x_start = tile_start(n, c_first, p0, channels, hw, student.strides, entry, SEGMENT)
+    z_start = tile_start(n, c_first, p0, channels, hw, teacher.strides, entry, SEGMENT)
+    grad_start = tile_start(n, c_first, p0, channels, hw, grad.strides, entry, SEGMENT)
+    x_at = tile_offsets(c, p, p0, channels, hw, width, student.strides, entry, SEGMENT)
+    z_at = tile_offsets(c, p, p0, channels, hw, width, teacher.strides, entry, SEGMENT)
+    grad_at = tile_offsets(c, p, p0, channels, hw, width, grad.strides, entry, SEGMENT)
+    mask = inside(c, p, c_last - c_first, hw - p0, SEGMENT, ALIGNED)
+    x = tl.load(x_ptr + x_start + x_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    z = tl.load(z_ptr + z_start + z_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    share = shares(scores_at + p, p < hw - p0, norm_at, eps, scale, ACC)
+    numbers = terms.numbers[SEGMENT.term]
+    tau, inverse_tau = number_of(numbers[2], numbers[3]).to(ACC), number_of(numbers[4], numbers[5]).to(ACC)
+    beta, inverse_beta = number_of(numbers[6], numbers[7]).to(ACC), number_of(numbers[8], numbers[9]).to(ACC)
+    upstream = upstream_of(terms, SEGMENT.term, ACC)
+    coefficient = share * (upstream * tau if SEGMENT.tempered else upstream)
     sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     for c0 in range(c_first, c_last, BLOCK_C):
-        mask = (c < channels - c0)[:, None] & in_level[None, :]
-        start_x = tile_start(n, c0, p0, channels, hw, x_strides, level, LAYOUT)
-        start_z = tile_start(n, c0, p0, channels, hw, z_strides, level, LAYOUT)
-        x = tl.load(x_ptr + start_x + at_x, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        z = tl.load(z_ptr + start_z + at_z, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        value, slope = pointwise(x, z, inverse_temperature, temperature, LOSS)
+        x_start += BLOCK_C * channel_stride(hw, student.strides, entry, SEGMENT)
+        z_start += BLOCK_C * channel_stride(hw, teacher.strides, entry, SEGMENT)
+        following = inside(c, p, c_last - c0 - BLOCK_C, hw - p0, SEGMENT, ALIGNED)
+        next_x = tl.load(x_ptr + x_start + x_at, mask=following, other=0.0, eviction_policy="evict_first")
+        next_z = tl.load(z_ptr + z_start + z_at, mask=following, other=0.0, eviction_policy="evict_first")
+        a, b = x.to(ACC), z.to(ACC)
+        if SEGMENT.tempered:
+            a, b = a * inverse_tau, b * inverse_tau
+        value, slope = pointwise(a, b, beta, inverse_beta, LOSS)
         if WANT_LOSS:
-            sums += tl.where(mask, value, 0.0)
-        if WANT_GRAD:
-            start = tile_start(n, c0, p0, channels, hw, grad_strides, level, LAYOUT)
-            at = tile_offsets(c, p, p0, channels, hw, width, grad_strides, level, LAYOUT, INDEX)
-            grad = (upstream * share)[None, :] * slope
-            tl.store(grad_ptr + start + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(tl.sum(sums, 0) * share)
+            sums += tl.where(mask, value, 0.0) if SEGMENT.masked else value
+        if SEGMENT.want_grad:
+            result = (coefficient[None, :] * slope).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + grad_start + grad_at, result, mask=mask)
+            grad_start += BLOCK_C * channel_stride(hw, grad.strides, entry, SEGMENT)
+        x, z, mask = next_x, next_z, following
+    loss = tl.sum(sums * share[None, :])
+    return (loss * (tau * tau) if SEGMENT.tempered else loss).to(tl.float64)
+
+
+@triton.jit
+def imitate_segment(
+    program, student, teacher, grad, sizes, rows, terms, scores_ptr, norm_ptr,
+    SEGMENTS: tl.constexpr, INDEX: tl.constexpr, WANT_LOSS: tl.constexpr,
+):  # fmt: skip
+    SEGMENT: tl.constexpr = SEGMENTS[INDEX]
+    # Where rows are not aligned each element has an address of its own: fewer of them, to save registers.
+    NARROW_C: tl.constexpr = (SEGMENT.block_c + 3) // 4
+    VECTOR: tl.constexpr = SEGMENT.vector
+    entry, tile = entry_of(program, sizes.starts, SEGMENT)
+    channels = size_of(pick(sizes.channels, entry, SEGMENT))
+    hw = size_of(pick(sizes.areas, entry, SEGMENT))
+    width = size_of(pick(sizes.widths, entry, SEGMENT))
+    chunks = tl.cdiv(channels, SEGMENT.chunk)
+    tiles = tl.cdiv(hw, SEGMENT.block_p)
+    n = tile // (tiles * chunks)
+    p0 = tile // chunks % tiles * SEGMENT.block_p
+    c_first = tile % chunks * SEGMENT.chunk
+    c_last = tl.minimum(c_first + SEGMENT.chunk, channels)
+    scores_at = scores_ptr + size_of(pick(rows.first_positions, entry, SEGMENT)) + n.to(tl.int64) * hw + p0
+    norm_at = norm_ptr + size_of(pick(rows.levels, entry, SEGMENT))
+    scale = number_of(pick(rows.scales[0], entry, SEGMENT), pick(rows.scales[1], entry, SEGMENT))
+    eps = number_of(pick(rows.eps[0], entry, SEGMENT), pick(rows.eps[1], entry, SEGMENT))
+    if VECTOR > 1 and (hw if SEGMENT.layout == "nchw" else channels) % VECTOR == 0:
+        # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads and stores
+        partial = imitate_tile(
+            student, teacher, grad, terms, scores_at, norm_at, scale, eps, entry, n, c_first, c_last, p0,
+            channels if SEGMENT.layout == "nchw" else channels // VECTOR * VECTOR,
+            hw // VECTOR * VECTOR if SEGMENT.layout == "nchw" else hw, width,
+            SEGMENT, True, SEGMENT.block_c, WANT_LOSS,
+        )  # fmt: skip
+    else:
+        partial = imitate_tile(
+            student, teacher, grad, terms, scores_at, norm_at, scale, eps, entry, n, c_first, c_last, p0,
+            channels, hw, width, SEGMENT, False, NARROW_C, WANT_LOSS,
+        )  # fmt: skip
+    return partial
+
+
+@triton.jit
+def store_values(values_ptr, slots_ptr, sizes, rows, SEGMENTS: tl.constexpr, INDEX: tl.constexpr):
+    """The value of each entry of a segment, stored; their sum."""
+    SEGMENT: tl.constexpr = SEGMENTS[INDEX]
+    total = tl.zeros((), tl.float64)
+    for entry in range(SEGMENT.first, SEGMENT.last):
+        value = sum_entry(slots_ptr, sizes.starts, entry, SEGMENT)
+        tl.store(values_ptr + size_of(pick(rows.places, entry, SEGMENT)), value.to(values_ptr.dtype.element_ty))
+        total += value
+    return total
 
 
 @triton.jit
 def imitate_kernel(
-    students, teachers, grads, scores_ptr, norm_ptr, factor_ptr, total_ptr, per_level_ptr, slots_ptr, counter_ptr,
-    weight: tl.float64, temperature: tl.float64, inverse_temperature: tl.float64,
-    starts, positions, channels, sizes, widths, student_strides, teacher_strides, grad_strides,
-    LOSS: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
+    student, teacher, grad, sizes, rows, terms, scores_ptr, norm_ptr, total_ptr, values_ptr, slots_ptr, counter_ptr,
+    SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    # Where rows are not aligned each element has an address of its own: fewer of them, to save registers.
-    NARROW_C: tl.constexpr = (BLOCK_C + 3) // 4
-    WIDE_C: tl.constexpr = BLOCK_C if VECTOR > 1 else NARROW_C
-    WANT_LOSS: tl.constexpr = per_level_ptr is not None
-    WANT_GRAD: tl.constexpr = grads is not None
-    level, tile = find_level(starts)
-    x_ptr = pick(students, level)
-    z_ptr = pick(teachers, level)
-    grad_ptr = pick(grads, level) if WANT_GRAD else None
-    channel_count = size_of(pick(channels, level))
-    hw = size_of(pick(sizes, level))
-    width = size_of(pick(widths, level))
-    chunks = tl.cdiv(channel_count, CHUNK)
-    tiles = tl.cdiv(hw, BLOCK_P)
-    n = tile // (tiles * chunks)
-    c_first = tile % chunks * CHUNK
-    c_last = tl.minimum(c_first + CHUNK, channel_count)
-    p0 = tile // chunks % tiles * BLOCK_P
-
-    upstream = tl.full((), weight, ACC)
-    if factor_ptr is not None:
-        upstream *= tl.load(factor_ptr).to(ACC)
-    norm = tl.load(norm_ptr + level)
-    p = p0 + tl.arange(0, BLOCK_P)
-    at = size_of(pick(positions, level)) + n.to(tl.int64) * hw + p
-    share = tl.where(norm == 0, 0.0, tl.load(scores_ptr + at, mask=p < hw, other=0.0) / norm).to(ACC)
-    tau = tl.full((), temperature, ACC)
-    inverse_tau = tl.full((), inverse_temperature, ACC)
-
-    inner = hw if LAYOUT == "nchw" else channel_count
-    if inner % VECTOR == 0:
-        # x // VECTOR * VECTOR tells the compiler that rows are aligned: 16-byte loads and stores
-        partial = imitate_tile(
-            x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channel_count, hw,
-            inner // VECTOR * VECTOR, width,
-            student_strides, teacher_strides, grad_strides, level, inverse_tau, tau,
-            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, WIDE_C, BLOCK_P,
-        )  # fmt: skip
-    else:
-        partial = imitate_tile(
-            x_ptr, z_ptr, grad_ptr, share, upstream, n, c_first, c_last, p0, channel_count, hw,
-            inner, width,
-            student_strides, teacher_strides, grad_strides, level, inverse_tau, tau,
-            LOSS, LAYOUT, INDEX, WANT_LOSS, WANT_GRAD, ACC, NARROW_C, BLOCK_P,
-        )  # fmt: skip
-
+    WANT_LOSS: tl.constexpr = values_ptr is not None
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    partial = tl.zeros((), tl.float64)
+    for i in tl.static_range(len(SEGMENTS)):
+        if is_in(program, sizes.starts, SEGMENTS, i):
+            partial = imitate_segment(
+                program, student, teacher, grad, sizes, rows, terms, scores_ptr, norm_ptr, SEGMENTS, i, WANT_LOSS
+            )
     if WANT_LOSS:  # noqa: SIM102 - a constexpr: with `and` the sum would be stored where no slot is
-        if store_partial(slots_ptr, counter_ptr, partial):
+        if store_partial(slots_ptr, counter_ptr, program, partial):
             total = tl.zeros((), tl.float64)
-            for i in range(len(students)):
-                level_sum = sum_level(slots_ptr, starts, i)
-                tl.store(per_level_ptr + i, level_sum.to(ACC))
-                total += level_sum
-            tl.store(total_ptr, (total * upstream).to(ACC))
+            for t in tl.static_range(len(terms.numbers)):
+                value = tl.zeros((), tl.float64)
+                for i in tl.static_range(len(SEGMENTS)):
+                    if SEGMENTS[i].term == t:
+                        value += store_values(values_ptr, slots_ptr, sizes, rows, SEGMENTS, i)
+                tl.store(values_ptr + t, value.to(values_ptr.dtype.element_ty))
+                total += upstream_of(terms, t, tl.float64) * value
+            tl.store(total_ptr, total.to(total_ptr.dtype.element_ty))
 
 
-# Positions of a tile by loss and by bytes of the widest input: 16 elements a thread for 2-byte mse, down to 2 for fp64.
-# As many as fit in the registers without a spill (docs/codegen.md): at 16 elements bce took 161, fp64 up to 255.
-POSITIONS = {
-    "mse": {2: 256, 4: 128, 8: 32},
-    "bce": {2: 128, 4: 128, 8: 32},
-    "kl": {2: 128, 4: 64, 8: 32},
-}
+# Elements of a thread in one step, by bytes of the widest number, and what differs by loss: as many as fit in the
+# registers without a spill (docs/codegen.md).
+ELEMENTS = {2: 8, 4: 8, 8: 2}
+ELEMENTS_OF = {("mse", 2): 16, ("kl", 4): 4}
 
 
-def tile_of(layout: str, channels: int, loss: str, itemsize: int) -> tuple[lv.Tile, int]:
-    """The tile of 128 threads, and the channels a program walks over (CHUNK)."""
-    positions = POSITIONS[loss][itemsize]
-    small = lv.Tile(4, 2 * positions), 4
-    if layout == "nhwc":
-        return (lv.Tile(64, positions // 8), 256) if channels > 4 else small
-    return (lv.Tile(8, positions), 64) if channels > 4 or layout == "strided" else small
+def tile_of(layout: str, channels: int, loss: str, itemsize: int) -> tuple[int, int, int]:
+    """Channels and positions of a step of 128 threads, and the channels that a program walks over."""
+    elements = lv.THREADS * ELEMENTS_OF.get((loss, itemsize), ELEMENTS[itemsize])
+    largest, most = (64, 256) if layout == "nhwc" else (8, 64)
+    # Four at least, of which one is left where rows are not aligned.
+    block_c = max(4, lv.block_of(channels, largest))
+    return block_c, elements // block_c, lv.chunk_of(channels, block_c, most)
+
+
+class Table(NamedTuple):
+    """The columns of a call, as `frs_kernels.reference.imitate` describes them."""
+
+    level: Sequence[int]
+    term: Sequence[int]
+    scale: Sequence[float]
+    eps: Sequence[float]
+    loss: Sequence[str]
+    weight: Sequence[float]
+    factor: Sequence[Tensor | None]
+    temperature: Sequence[float]
+    beta: Sequence[float]
+    want_grad: Sequence[bool]
+
+
+def segments_of(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], grads: Sequence[Tensor], table: Table, want_loss: bool
+) -> tuple[list[int], tuple[lv.Segment, ...]]:
+    """The entries that have work, in the order of the launch; its segments, a term's entries of one pair of dtypes."""
+    groups: dict[tuple[bool, int, torch.dtype, torch.dtype], list[int]] = {}
+    for e, (x, z, t) in enumerate(zip(student, teacher, table.term, strict=True)):
+        if want_loss or table.want_grad[t]:
+            groups.setdefault((LOSSES[table.loss[t]].takes_logits, t, x.dtype, z.dtype), []).append(e)
+    double = accumulate_dtype(*student, *teacher) == torch.float64
+    order: list[int] = []
+    segments: list[lv.Segment] = []
+    for (logits, t, *_), rows in sorted(groups.items(), key=lambda group: group[0][0]):
+        tensors = [v for e in rows for v in (student[e], teacher[e], grads[e])]
+        shapes = [student[e].shape for e in rows]
+        layout = lv.layout_of(tensors)
+        loss = table.loss[t]
+        if loss == "kl" and not want_loss:
+            loss = "bce"  # the same gradient: one kernel fewer to compile
+        itemsize = max(8 if double else 0, *(v.element_size() for v in tensors))
+        block_c, block_p, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, itemsize)
+        segments.append(
+            lv.Segment(
+                len(order), len(order) + len(rows), layout, lv.vector_width(layout, tensors),
+                lv.wide_index(shapes, layout, block_c, block_p), block_c, block_p, chunk, double,
+                loss, loss not in ZERO_AT_ZERO, t, logits and table.temperature[t] != 1, table.want_grad[t],
+            )
+        )  # fmt: skip
+        order += rows
+    return order, tuple(segments)
+
+
+def numbers_of(weight: float, temperature: float, beta: float) -> tuple[int, ...]:
+    """The numbers of a term, encoded. An inverse beta is finite, so that 0 times it is 0."""
+    numbers = (weight, temperature, 1 / temperature, beta, min(1 / beta, 1e38) if beta else 0.0)
+    return tuple(half for number in numbers for half in lv.halves(number))
 
 
 def imitate(
@@ -146,37 +273,48 @@ def imitate(
     teacher: Sequence[Tensor],
     scores: Tensor,
     norm: Tensor,
-    factor: Tensor | None,
-    weight: float,
-    loss: str,
-    temperature: float,
+    level: Sequence[int],
+    term: Sequence[int],
+    scale: Sequence[float],
+    eps: Sequence[float],
+    loss: Sequence[str],
+    weight: Sequence[float],
+    factor: Sequence[Tensor | None],
+    temperature: Sequence[float],
+    beta: Sequence[float],
+    want_grad: Sequence[bool],
     want_loss: bool,
-    want_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Launch `imitate_kernel`; arguments and results as in `frs_kernels.reference.imitate`."""
-    dtype, device = accumulate_dtype(*student, *teacher), scores.device
-    if loss == "kl" and not want_loss:
-        loss = "bce"  # the same gradient: one kernel fewer to compile
-    grads = [torch.empty_like(x) for x in student] if want_grad else []
-    shapes = tuple(x.shape for x in student)
-    layout = lv.layout_of(student, teacher, grads)
-    itemsize = max(student[0].element_size(), teacher[0].element_size())
-    tile, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, itemsize)
-    grid = lv.grid_of(shapes, tile, chunk)
-    new = torch.empty if grid.programs else torch.zeros
+    """Launch `imitate_kernel`; arguments and results as in `frs_kernels.reference.imitate`.
+
+    Raises:
+        ValueError: before any launch, where the arguments do not fit each other.
+    """
+    table = Table(level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad)
+    first_positions = check_imitate(student, teacher, scores, norm, table)
+    device, dtype = scores.device, accumulate_dtype(*student, *teacher)
+    wanted = [want_grad[t] for t in term]
+    # Where no gradient is wanted the student's tensor keeps its place, and nothing is written.
+    grads = [torch.empty_like(x) if w else x for x, w in zip(student, wanted, strict=True)]
+    order, segments = segments_of(student, teacher, grads, table, want_loss)
+    programs, sizes = lv.sizes_of(tuple(student[e].shape for e in order), segments)
+    new = torch.empty if programs else torch.zeros
     total = new(() if want_loss else 0, dtype=dtype, device=device)
-    per_level = new(len(student) if want_loss else 0, dtype=dtype, device=device)
-    if grid.programs:
+    values = new(len(loss) + len(student) if want_loss else 0, dtype=dtype, device=device)
+    if programs:
+        rows = Rows(
+            lv.odd(level[e] for e in order),
+            lv.odd(first_positions[level[e]] for e in order),
+            lv.odd(len(loss) + e for e in order),
+            *(tuple(zip(*(lv.halves(numbers[e]) for e in order), strict=True)) for numbers in (scale, eps)),
+        )
+        terms = Terms(tuple(map(numbers_of, weight, temperature, beta)), tuple(factor))
         with lv.on_device(device):
-            imitate_kernel[(grid.programs,)](
-                tuple(student), tuple(teacher), tuple(grads) or None, scores, norm, factor,
-                *((total, per_level, *workspace(device, grid.programs)) if want_loss else (None,) * 4),
-                weight, temperature, 1.0 / temperature,
-                grid.starts, grid.positions, grid.channels, grid.sizes, grid.widths,
-                *(lv.strides_of(x, layout) for x in (student, teacher, grads)),
-                LOSS=loss, LAYOUT=layout, INDEX=lv.index_dtype(student, tile, layout),
-                VECTOR=lv.vector_width(layout, student, teacher, grads), ACC=lv.TL_DTYPE[dtype],
-                BLOCK_C=tile.channels, BLOCK_P=tile.positions, CHUNK=chunk,
-                num_warps=lv.NUM_WARPS, maxnreg=lv.max_registers(dtype, layout, loss),
+            imitate_kernel[(programs,)](
+                *(lv.columns_of([tensors[e] for e in order], segments) for tensors in (student, teacher, grads)),
+                sizes, rows, terms, scores, norm,
+                *((total, values, *workspace(device, programs)) if want_loss else (None,) * 4),
+                SEGMENTS=segments, num_warps=lv.NUM_WARPS,
+                maxnreg=lv.max_registers(segments),
             )  # fmt: skip
-    return total, per_level, grads
+    return total, values, [grad for grad, w in zip(grads, wanted, strict=True) if w]

@@ -1,13 +1,16 @@
-"""How the levels of a pyramid reach a kernel: all in one launch, a tuple of tensors and a few tuples of numbers.
+"""How the entries of a call reach a kernel: all in one launch, tuples of tensors and of numbers, an element an entry.
 
-A level of shape (N, C, H, W) is cut into tiles of BLOCK_C channels by BLOCK_P positions; a program owns one tile of
-positions of one image and a chunk of channels. Programs are numbered level after level.
+An entry of shape (N, C, H, W) is cut into tiles of BLOCK_C channels by BLOCK_P positions; a program owns one tile of
+positions of one image and a chunk of its channels. Programs are numbered entry after entry. Entries that one body of
+machine code serves are neighbours, a segment of the launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,29 +20,46 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_WARPS = 4
-TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+THREADS = 32 * NUM_WARPS
 
 
-class Tile(NamedTuple):
-    """What NUM_WARPS warps work on in one step."""
+@dataclass(frozen=True)  # not a NamedTuple: Triton takes a tuple for its own, and knows no string in those
+class Segment:
+    """Entries first to last - 1 of a launch, and what the compiler knows of them."""
 
-    channels: int
-    positions: int
+    first: int
+    last: int
+    layout: str  # "nchw", "nhwc" or "strided"
+    vector: int  # elements of the narrowest dtype that fill 16 bytes, or 1 where an entry does not begin on 16 bytes
+    wide_index: bool  # a tile spans 2^31 elements
+    block_c: int
+    block_p: int
+    chunk: int  # channels a program walks over
+    double: bool = False  # computed in fp64
+    loss: str = ""
+    masked: bool = False  # the loss of what does not exist, which is read as 0, is not 0
+    term: int = 0
+    tempered: bool = False
+    want_grad: bool = False
 
 
-class Grid(NamedTuple):
-    """The level table of a launch; the numbers of its tuples are encoded by `odd`."""
+class Sizes(NamedTuple):
+    """The shapes of a launch's entries, encoded by `odd`."""
 
-    programs: int
-    total_positions: int
-    starts: tuple[int, ...]  # first program of a level, then the number of programs
-    positions: tuple[int, ...]  # first position of a level in the flat scores
+    starts: tuple[int, ...]  # first program of an entry, then the number of programs
     channels: tuple[int, ...]
-    sizes: tuple[int, ...]  # H * W
+    areas: tuple[int, ...]  # H * W
     widths: tuple[int, ...]
 
 
-def odd(numbers: Sequence[int]) -> tuple[int, ...]:
+class Columns(NamedTuple):
+    """A tensor an entry, and where any is strided the strides, an axis a tuple over the entries, encoded by `odd`."""
+
+    pointers: tuple[Tensor, ...]
+    strides: tuple[tuple[int, ...], ...] | None
+
+
+def odd(numbers: Iterable[int]) -> tuple[int, ...]:
     """Encode sizes so that no kernel is compiled again for a new image size.
 
     Triton specialises the integers of a tuple on being 1 and on being a multiple of 16, and cannot be told not to
@@ -48,28 +68,46 @@ def odd(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(2 * n + 3 for n in numbers)
 
 
+@lru_cache(maxsize=1024)
+def halves(number: float) -> tuple[int, int]:
+    """Encode an fp64 number, which in a tuple would reach a kernel as fp32: its two words, so large that each takes
+    64 bits whatever it is, and odd. `number_of` decodes."""
+    high, low = struct.unpack(">II", struct.pack(">d", number))
+    return 2 * high + 3 + (1 << 34), 2 * low + 3 + (1 << 34)
+
+
 @lru_cache(maxsize=256)
-def grid_of(shapes: tuple[torch.Size, ...], tile: Tile, chunk: int) -> Grid:
-    """The level table for levels of these shapes; `chunk` channels a program, 0 for all."""
-    starts, positions = [0], [0]
-    for n, c, h, w in shapes:
-        chunks = triton.cdiv(c, chunk) if chunk else 1
-        starts.append(starts[-1] + n * triton.cdiv(h * w, tile.positions) * chunks)
-        positions.append(positions[-1] + n * h * w)
-    return Grid(
-        starts[-1],
-        positions[-1],
-        odd(starts),
-        odd(positions[:-1]),
-        odd([s[1] for s in shapes]),
-        odd([s[2] * s[3] for s in shapes]),
-        odd([s[3] for s in shapes]),
+def sizes_of(shapes: tuple[torch.Size, ...], segments: tuple[Segment, ...]) -> tuple[int, Sizes]:
+    """The number of programs, and what they need to know of the entries."""
+    starts = [0]
+    for segment in segments:
+        for n, c, h, w in shapes[segment.first : segment.last]:
+            programs = n * cdiv(h * w, segment.block_p) * cdiv(c, segment.chunk)
+            starts.append(starts[-1] + programs)
+    return starts[-1], Sizes(
+        odd(starts), odd(c for _, c, _, _ in shapes), odd(h * w for *_, h, w in shapes), odd(w for *_, w in shapes)
     )
 
 
-def layout_of(*lists: Sequence[Tensor]) -> str:
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def block_of(channels: int, largest: int) -> int:
+    """The largest tile of channels that leaves at most a tenth of its rows empty, else one of four, or of one."""
+    block = largest
+    while block > 4 and (block > channels or cdiv(channels, block) * block > 1.1 * channels):
+        block //= 2
+    return block if channels >= 4 else 1
+
+
+def chunk_of(channels: int, block: int, largest: int) -> int:
+    """Channels of a program, whole tiles, so that an entry's programs have nearly the same."""
+    return cdiv(cdiv(channels, cdiv(channels, largest)), block) * block
+
+
+def layout_of(tensors: Sequence[Tensor]) -> str:
     """The memory layout all these tensors share: "nchw", "nhwc", or "strided" for any other mix."""
-    tensors = [t for levels in lists for t in levels]
     if all(t.is_contiguous() for t in tensors):
         return "nchw"
     if all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors):
@@ -77,39 +115,33 @@ def layout_of(*lists: Sequence[Tensor]) -> str:
     return "strided"
 
 
-def strides_of(levels: Sequence[Tensor], layout: str) -> tuple[tuple[int, ...], ...] | None:
-    """The strides, an axis a tuple over the levels; only the "strided" kernels read them."""
-    if layout != "strided":
-        return None
-    return tuple(odd(axis) for axis in zip(*(x.stride() for x in levels), strict=True))
+def columns_of(tensors: Sequence[Tensor], segments: Sequence[Segment]) -> Columns:
+    if all(segment.layout != "strided" for segment in segments):
+        return Columns(tuple(tensors), None)
+    return Columns(tuple(tensors), tuple(odd(axis) for axis in zip(*(x.stride() for x in tensors), strict=True)))
 
 
-def index_dtype(levels: Sequence[Tensor], tile: Tile, layout: str) -> tl.dtype:
-    """int32 if no tile spans 2^31 elements: a row of channels (nchw) or of positions (nhwc) times the stride."""
-    span = max(
-        {"nchw": tile.channels * x.shape[2] * x.shape[3], "nhwc": tile.positions * x.shape[1]}.get(layout, 1 << 31)
-        for x in levels
-    )
-    return tl.int32 if span < 1 << 31 else tl.int64
-
-
-def max_registers(dtype: torch.dtype, layout: str, loss: str = "") -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor, four for fp64, kl and any strides.
-
-    Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
-    """
-    return 96 if dtype == torch.float32 and layout != "strided" and loss != "kl" else 128
-
-
-def vector_width(layout: str, *lists: Sequence[Tensor]) -> int:
-    """Elements of the narrowest dtype that fill 16 bytes, or 1 if a level does not begin on 16 bytes.
-
-    The kernel picks a level's pointer at run time, so one that is not aligned takes the wide loads from all.
-    """
-    tensors = [x for levels in lists for x in levels]
+def vector_width(layout: str, tensors: Sequence[Tensor]) -> int:
+    """As in `Segment`. The kernel picks an entry's pointer at run time, so one that is not aligned counts for all."""
     if layout == "strided" or any(x.data_ptr() % 16 for x in tensors):
         return 1
     return 16 // min(x.element_size() for x in tensors)
+
+
+def wide_index(shapes: Iterable[torch.Size], layout: str, block_c: int, block_p: int) -> bool:
+    """False if no tile spans 2^31 elements: a row of channels (nchw) or of positions (nhwc) times the stride."""
+    if layout == "strided":
+        return True
+    return max(block_c * s[2] * s[3] if layout == "nchw" else block_p * s[1] for s in shapes) >= 1 << 31
+
+
+def max_registers(segments: Sequence[Segment]) -> int:
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, strides, many entries.
+
+    Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
+    """
+    heavy = any(s.double or s.layout == "strided" or s.loss == "kl" for s in segments)
+    return 128 if heavy or segments[-1].last > 16 else 96
 
 
 def is_dense(x: Tensor) -> bool:
@@ -129,53 +161,93 @@ def size_of(number):
 
 
 @triton.jit
-def pick(values, index):
-    """values[index] of a tuple, with an index known only at run time."""
-    value = values[0]
-    for i in tl.static_range(1, len(values)):
-        value = tl.where(index == i, values[i], value)
+def number_of(high, low):
+    bits = (((high - 17179869187) >> 1) << 32) | ((low - 17179869187) >> 1)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def pick(values, entry, SEGMENT: tl.constexpr):
+    """values[entry] of a tuple, with an entry of the segment known only at run time."""
+    FIRST: tl.constexpr = SEGMENT.first
+    LAST: tl.constexpr = SEGMENT.last
+    value = values[FIRST]
+    for i in tl.static_range(FIRST + 1, LAST):
+        value = tl.where(entry == i, values[i], value)
     return value
 
 
 @triton.jit
-def find_level(starts):
-    """The level of this program, and its number within the level."""
-    program = tl.program_id(0)
-    level = 0
-    for i in tl.static_range(1, len(starts) - 1):
-        level += (program >= size_of(starts[i])).to(tl.int32)
-    return level, program - size_of(pick(starts, level))
+def is_in(program, starts, SEGMENTS: tl.constexpr, INDEX: tl.constexpr):
+    """Whether the program's entry is one of a segment. Triton 3.6 takes no element of a tuple for a constant."""
+    FIRST: tl.constexpr = SEGMENTS[INDEX].first
+    LAST: tl.constexpr = SEGMENTS[INDEX].last
+    return (program >= size_of(starts[FIRST])) & (program < size_of(starts[LAST]))
 
 
 @triton.jit
-def tile_start(n, c0, p0, channels, hw, strides, level, LAYOUT: tl.constexpr):
-    """Offset of channel c0 and position p0 of image n: a 64-bit scalar, as a level may hold more than 2^31 elements.
+def entry_of(program, starts, SEGMENT: tl.constexpr):
+    """The entry of a program of the segment, and the program's number within the entry."""
+    FIRST: tl.constexpr = SEGMENT.first
+    LAST: tl.constexpr = SEGMENT.last
+    entry = FIRST
+    for i in tl.static_range(FIRST + 1, LAST):
+        entry += (program >= size_of(starts[i])).to(tl.int32)
+    return entry, program - size_of(pick(starts, entry, SEGMENT))
+
+
+@triton.jit
+def tile_start(n, c0, p0, channels, hw, strides, entry, SEGMENT: tl.constexpr):
+    """Offset of channel c0 and position p0 of image n: a 64-bit scalar, as an entry may hold more than 2^31 elements.
 
     In the strided layout positions are not evenly spaced, so `tile_offsets` counts them from the image's first.
     """
     n = n.to(tl.int64)
-    if LAYOUT == "nchw":
+    if SEGMENT.layout == "nchw":
         return (n * channels + c0) * hw + p0
-    elif LAYOUT == "nhwc":
+    elif SEGMENT.layout == "nhwc":
         return (n * hw + p0) * channels + c0
     else:
-        stride = size_of(pick(strides[1], level)).to(tl.int64)
-        return n * size_of(pick(strides[0], level)) + c0 * stride
+        return n * size_of(pick(strides[0], entry, SEGMENT)) + c0 * channel_stride(hw, strides, entry, SEGMENT)
 
 
 @triton.jit
-def tile_offsets(c, p, p0, channels, hw, width, strides, level, LAYOUT: tl.constexpr, INDEX: tl.constexpr):
+def channel_stride(hw, strides, entry, SEGMENT: tl.constexpr):
+    """Elements from one channel to the next, a 64-bit scalar."""
+    if SEGMENT.layout == "nchw":
+        return hw.to(tl.int64)
+    elif SEGMENT.layout == "nhwc":
+        return tl.full((), 1, tl.int64)
+    else:
+        return size_of(pick(strides[1], entry, SEGMENT)).to(tl.int64)
+
+
+@triton.jit
+def tile_offsets(c, p, p0, channels, hw, width, strides, entry, SEGMENT: tl.constexpr):
     """Offsets [BLOCK_C, BLOCK_P] of a tile from its start; c and p count from there.
 
-    INDEX is int32 where the tile's span allows: 64-bit offsets for each element of an unaligned tile cost 96 registers.
+    In 32 bits where the tile's span allows: 64-bit offsets for each element of an unaligned tile cost 96 registers.
     """
+    INDEX: tl.constexpr = tl.int64 if SEGMENT.wide_index else tl.int32
     c, p = c.to(INDEX), p.to(INDEX)
-    if LAYOUT == "nchw":
+    if SEGMENT.layout == "nchw":
         return (c * hw)[:, None] + p[None, :]
-    elif LAYOUT == "nhwc":
+    elif SEGMENT.layout == "nhwc":
         return (p * channels)[None, :] + c[:, None]
     else:
         p += p0
-        y = p // width * size_of(pick(strides[2], level))
-        x = p % width * size_of(pick(strides[3], level))
-        return (c * size_of(pick(strides[1], level)))[:, None] + (y + x)[None, :]
+        y = p // width * size_of(pick(strides[2], entry, SEGMENT))
+        x = p % width * size_of(pick(strides[3], entry, SEGMENT))
+        return (c * size_of(pick(strides[1], entry, SEGMENT)))[:, None] + (y + x)[None, :]
+
+
+@triton.jit
+def inside(c, p, c_count, p_count, SEGMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which of a tile's elements exist. Where rows are aligned a vector lies inside or outside as a whole, and the
+    compiler is told so: one comparison a vector instead of one an element."""
+    WHOLE: tl.constexpr = SEGMENT.vector if ALIGNED else 1
+    if SEGMENT.layout == "nchw":
+        p = p // WHOLE * WHOLE
+    else:
+        c = c // WHOLE * WHOLE
+    return (c < c_count)[:, None] & (p < p_count)[None, :]

@@ -1,65 +1,132 @@
-"""The pointwise maths of the Triton kernels: loss and slope of one student value against one teacher value.
+"""The pointwise losses of the Triton kernels: value and slope of a student's x against a teacher's z.
 
-    mse   value = (x - z)^2                             slope = 2 (x - z)
-    bce   value = log1p(e) + |x| miss                   slope = sign(x) (miss - tail)  = sigmoid(x) - sigmoid(z)
-    kl    value = bce(x, z) - bce(z, z)                 slope as bce
+    mse         (x - z)^2                                           2 (x - z)
+    l1          |x - z|                                             sign(x - z)
+    smooth_l1   d^2 / (2 beta) where |d| < beta, else |d| - beta/2  d / beta, or sign(d)        d = x - z
+    bce         log1p(e) + |x| miss                                 sign(x) (miss - tail) = sigmoid(x) - sigmoid(z)
+    kl          bce(x, z) - bce(z, z)                               as bce
 
 with e = exp(-|x|), tail = e / (1 + e) = sigmoid(-|x|), and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0.
-Mirrored so that the student is on the positive side, nothing cancels where a logit saturates (docs/math.md).
+Mirrored so that the student is on the positive side, nothing cancels where a logit saturates (docs/math.md), and the
+slope is exactly 0 where x and z agree.
 """
 
 import triton
 import triton.language as tl
 
+# The losses that are 0 where x and z are: what does not exist is read as 0 and adds nothing. The others are masked.
+ZERO_AT_ZERO = ("mse", "l1", "smooth_l1", "kl")
+# The interpreter knows no machine code.
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+
 
 @triton.jit
-def sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+def magnitude(x):
+    """|x|, opaque: where x was widened from bf16 the compiler would take it before, in three instructions, not none."""
+    if COMPILED and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("abs.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.abs(x)
 
 
 @triton.jit
-def tail_and_log1p(e):
-    """e / (1 + e) and log1p(e) for e in [0, 1], one reciprocal for both.
+def exp_of_minus(a):
+    """exp(-a) for a >= 0, 0 below the normal numbers: the guard against that takes four instructions."""
+    if COMPILED and a.dtype == tl.float32:
+        power = a * -1.4426950408889634
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, True, 1)
+    else:
+        return tl.exp(-a)
 
-    fp32: with t = e / (2 + e), log1p(e) = 2 atanh(t) = e - t (e - t^2 P(t^2)). P is fitted on t^2 in [0, 1/9] to
-    2^-27.7 relative; the whole stays within 1.6 ulp, also where log(1 + e) would lose all digits (logits below -9,
-    most of a detector's). tl.log is within 2^-22 absolute only, and the interpreter has no log1p.
-    fp64: log(u) with u = 1 + e, plus what rounding u lost.
+
+@triton.jit
+def reciprocal(a):
+    """1 / a within an ulp, for a in [1, 2]: the guards of a division, seven instructions, are for other numbers."""
+    if COMPILED and a.dtype == tl.float32:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [a], tl.float32, True, 1)
+    else:
+        return 1.0 / a
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a b, rounded. Fused with its difference from a product that is rounded, it would leave no 0 where both agree."""
+    if COMPILED and a.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+    elif COMPILED:
+        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+    else:
+        return a * b
+
+
+@triton.jit
+def log1p_of(e):
+    """log1p(e) for e in [0, 1], to the last digits also where log(1 + e) would lose them all: logits below -9, most of
+    a detector's.
+
+    fp32: e P(e), fitted with P(0) = 1 to 2^-27.5 relative; the whole stays within 1.7 ulp. tl.log is within 2^-22
+    absolute only, and the interpreter has no log1p. fp64: log(u) with u = 1 + e, plus what rounding u lost.
     """
     if e.dtype == tl.float64:
         u = 1.0 + e
-        tail = e / u
-        log1p = tl.log(u) + (e - (u - 1.0)) / u
+        return tl.log(u) + (e - (u - 1.0)) / u
     else:
-        r = 1.0 / ((1.0 + e) * (2.0 + e))
-        tail = e * (2.0 + e) * r
-        t = e * (1.0 + e) * r
-        q = t * t
-        p = ((2.801204871e-01 * q + 2.800179067e-01) * q + 4.002152834e-01) * q + 6.666641626e-01
-        log1p = e - t * (e - q * p)
-    return tail, log1p
+        p = -3.318471608e-03 * e + 2.020457966e-02
+        p = p * e - 5.766443201e-02
+        p = p * e + 1.0680554e-01
+        p = p * e - 1.535539522e-01
+        p = p * e + 1.969540009e-01
+        p = p * e - 2.495858732e-01
+        p = p * e + 3.333051131e-01
+        p = p * e - 4.999993276e-01
+        return e + e * (e * p)
 
 
 @triton.jit
 def bernoulli(x, z, KL: tl.constexpr):
     """bce or kl of the logits x against z, and sigmoid(x) - sigmoid(z)."""
-    tail, log1p = tail_and_log1p(tl.exp(-tl.abs(x)))
-    tail_z, log1p_z = tail_and_log1p(tl.exp(-tl.abs(z)))
-    miss = tl.where((x >= 0) == (z >= 0), tail_z, 1.0 - tail_z)
-    value = log1p + tl.abs(x) * miss
+    a, a_z = magnitude(x), magnitude(z)
+    e, e_z = exp_of_minus(a), exp_of_minus(a_z)
+    head, head_z = reciprocal(1.0 + e), reciprocal(1.0 + e_z)
+    tail, tail_z = rounded_product(e, head), rounded_product(e_z, head_z)
+    miss = tl.where((x >= 0) == (z >= 0), tail_z, head_z)
+    value = log1p_of(e) + a * miss
     if KL:
-        value -= log1p_z + tl.abs(z) * tail_z
+        value -= log1p_of(e_z) + a_z * tail_z
     slope = miss - tail
     return value, tl.where(x >= 0, slope, -slope)
 
 
 @triton.jit
-def pointwise(x, z, inverse_temperature, temperature, LOSS: tl.constexpr):
-    """Value and slope; `temperature` scales the logits only (mse ignores it)."""
+def sign_of(d):
+    """-1, 0 or 1; NaN stays NaN."""
+    return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+
+
+@triton.jit
+def pointwise(x, z, beta, inverse_beta, LOSS: tl.constexpr):
+    """Value and slope; only smooth_l1 reads beta and its inverse, which is 0 where beta is."""
+    tl.static_assert(
+        LOSS == "mse" or LOSS == "l1" or LOSS == "smooth_l1" or LOSS == "bce" or LOSS == "kl",
+        "a loss without its maths",
+    )
     if LOSS == "mse":
         d = x - z
         return d * d, 2.0 * d
+    elif LOSS == "l1":
+        d = x - z
+        return tl.abs(d), sign_of(d)
+    elif LOSS == "smooth_l1":
+        d = x - z
+        slope = tl.where(tl.abs(d) < beta, d * inverse_beta, sign_of(d))
+        return slope * (d - slope * (0.5 * beta)), slope
     else:
-        value, slope = bernoulli(x * inverse_temperature, z * inverse_temperature, LOSS == "kl")
-        return value * (temperature * temperature), slope * temperature
+        tl.static_assert(LOSS == "bce" or LOSS == "kl", "a loss without its maths")
+        return bernoulli(x, z, LOSS == "kl")
+
+
+@triton.jit
+def sigmoid(x):
+    """For the scores: one a position, so it keeps the numbers that `exp_of_minus` flushes to 0."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)

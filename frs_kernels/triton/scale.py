@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from frs_kernels.triton import levels as lv
+from frs_kernels.triton.checks import check_scale
 from frs_kernels.triton.levels import size_of
 
 BLOCK = 2048  # 16 elements a thread: two (bf16) or four (fp32) 16-byte accesses
@@ -46,7 +47,12 @@ def scale_kernel(grads, factor_ptr, sizes, BLOCK: tl.constexpr):
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Launch `scale_kernel` on the dense gradients; a gradient with gaps takes PyTorch's own multiplication."""
+    """Launch `scale_kernel` on the dense gradients; a gradient with gaps takes PyTorch's own multiplication.
+
+    Raises:
+        ValueError: before any launch, where the arguments do not fit each other.
+    """
+    check_scale(grads, factor)
     dense = [g for g in grads if lv.is_dense(g)]
     largest = max((g.numel() for g in dense), default=0)
     if largest:

@@ -1,7 +1,7 @@
 """Sums that come out bitwise the same every run, in the launch that makes them.
 
 Every program stores its partial sum in a slot of its own. The program that finishes last, known by an integer
-counter, adds each level's slots in a fixed order, in fp64. No float atomics, no second launch.
+counter, adds each entry's slots in a fixed order, in fp64. No float atomics, no second launch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ def workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def store_partial(slots_ptr, counter_ptr, partial):
-    """Store this program's sum; True in the program that comes last, which then sees all slots."""
-    program = tl.program_id(0)
-    tl.store(slots_ptr + program, partial.to(tl.float64))
+def store_partial(slots_ptr, counter_ptr, slot, partial):
+    """Store a program's sum; True in the program that comes last, which then sees all slots."""
+    tl.store(slots_ptr + slot, partial.to(tl.float64))
     # The barrier and the release order this block's store before its count; the acquire, the reads after it.
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
 
 
 @triton.jit
-def sum_level(slots_ptr, starts, level):
-    """The sum of a level's slots, in fp64 and in slot order."""
-    BLOCK: tl.constexpr = 256
-    first = size_of(pick(starts, level))
-    last = size_of(pick(starts, level + 1))
+def sum_entry(slots_ptr, starts, entry, SEGMENT: tl.constexpr):
+    """The sum of an entry's slots, in fp64 and in one order; a thread loads eight before it adds the first."""
+    BLOCK: tl.constexpr = 1024
+    first = size_of(pick(starts, entry, SEGMENT))
+    last = first
+    FIRST: tl.constexpr = SEGMENT.first
+    LAST: tl.constexpr = SEGMENT.last
+    for i in tl.static_range(FIRST, LAST):
+        last = tl.where(entry == i, size_of(starts[i + 1]), last)
     sums = tl.zeros((BLOCK,), tl.float64)
     for slot in range(first, last, BLOCK):
         slots = slot + tl.arange(0, BLOCK)

@@ -81,6 +81,7 @@ enum Layout {
   misaligned,
   misaligned_last,
   batch_gap,
+  channel_gap,
   channel_gap_last,
   rows_apart,
   every_other,
@@ -89,9 +90,9 @@ enum Layout {
   far_images = LAYOUTS,
   far_channels
 };
-const char* const LAYOUT_NAMES[] = {"contiguous", "channels_last",    "misaligned",  "misaligned_last",
-                                    "batch_gap",  "channel_gap_last", "rows_apart",  "every_other",
-                                    "transposed", "far_images",       "far_channels"};
+const char* const LAYOUT_NAMES[] = {"contiguous",  "channels_last", "misaligned",       "misaligned_last",
+                                    "batch_gap",   "channel_gap",   "channel_gap_last", "rows_apart",
+                                    "every_other", "transposed",    "far_images",       "far_channels"};
 bool is_last(Layout l) { return l == channels_last || l == misaligned_last || l == channel_gap_last; }
 
 struct Shape {
@@ -114,6 +115,7 @@ struct Tensor {
     switch (layout) {
       case channels_last:
       case misaligned_last: strides(h * w * c, 1, w * c, c); break;
+      case channel_gap: strides(c * (h * w + 8), h * w + 8, w, 1); break;             // 8: lines stay aligned
       case channel_gap_last: strides(h * w * (c + 3), 1, w * (c + 3), c + 3); break;  // 3: rows of odd length
       case batch_gap: strides((c + 1) * h * w + 1, h * w, w, 1); break;
       case rows_apart: strides(c * h * (w + 2), h * (w + 2), w + 2, 1); break;
