@@ -12,7 +12,7 @@ import mmap
 import sys
 
 import torch
-from tables import Entry, Term, arguments, columns
+from columns import Entry, Term, arguments, columns
 from torch import Tensor
 
 from frs_kernels.losses import LOSSES

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_right, compiled_backends, each_backend, relative, run
-from tables import Entry, Term, columns
+from columns import Entry, Term, columns
 from truth import Pyramid, pyramid, truth
 
 from frs_kernels import backends, fsr_loss, masked_imitation_loss, richness_mask

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, assert_right, ids, relative, run, same_bits
+from columns import Entry, Term, columns
 from environment import python_environment
-from tables import Entry, Term, columns
 from torch import Tensor, nn
 from truth import Pyramid, pyramid, truth
 

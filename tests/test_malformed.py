@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FLOATS, ids
-from tables import Entry, Term, arguments, columns
+from columns import Entry, Term, arguments, columns
 from torch import Tensor
 from truth import pyramid
 

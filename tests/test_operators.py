@@ -19,7 +19,7 @@ from cases import (
     ulp,
     unharmed,
 )
-from tables import Entry, Term, columns
+from columns import Entry, Term, columns
 from torch import Tensor
 from truth import LAYOUTS, SMALL, Pyramid, lay_out, pyramid, truth
 

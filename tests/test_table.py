@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import OPERATORS, each_backend, same_bits
-from tables import Entry, Results, Term, arguments, assert_right, columns, imitate
+from columns import Entry, Results, Term, arguments, assert_right, columns, imitate
 from torch import Tensor
 from truth import lay_out
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tables import Entry, Results, Term, arguments, assert_right, columns
+from columns import Entry, Results, Term, arguments, assert_right, columns
 from torch import Tensor
 
 from frs_kernels import backends
