@@ -9,6 +9,7 @@ import torch
 from cases import each_backend, relative, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from truth import Pyramid, pyramid
 
 from frs_kernels import FeatureAdapter, FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, richness_mask
@@ -105,6 +106,19 @@ def test_inductor(rng, backend, device):
     assert abs(loss - expected.loss) <= 1e-6 * expected.loss
     for a, b in zip(grads, expected.grads, strict=True):
         assert relative(a, b) <= 16 * torch.finfo(b.dtype).eps  # Inductor sums in an order of its own
+
+
+@each_backend
+def test_inductor_copies_no_gradient_before_it_scales_it(rng, backend, device):
+    """Multiplied in place, what the forward pass has kept would be cloned first."""
+    if backend == "torch":
+        pytest.skip("it is fused, not called")
+    p = tiny(rng, device)
+    loss = torch.compile(lambda: fsr_loss(*p.inputs, backend=backend, grad_mode="forward") * 3)
+    expected = torch.autograd.grad(fsr_loss(*p.inputs, backend=backend) * 3, p.student)
+    grads, codes = run_and_get_code(lambda: torch.autograd.grad(loss(), p.student))
+    assert_same(grads, expected)
+    assert not [line for code in codes for line in code.splitlines() if "clone" in line or "scale_" in line]
 
 
 @each_backend

@@ -116,7 +116,7 @@ def test_where_features_agree_value_and_slope_are_zero(rng, backend, device, gra
     assert answer.feat_per_level[0] == 0
     assert not answer.grads[0].any()
     assert not answer.grads[1][0].any()
-    assert answer.grads[1][1].all()
+    assert torch.equal(answer.grads[1][1] != 0, (p.s[1][1] != p.t[1][1]).to(device))  # bf16's may agree by chance
 
 
 @each_backend
