@@ -20,23 +20,24 @@ namespace {
 
 struct Queue {  // the device and stream that the tensors' work goes to
 #ifdef USE_CUDA
-  explicit Queue(const Tensor& like) : guard(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  explicit Queue(const Given& like) : guard(like.device.index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device.index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
 #else
-  explicit Queue(const Tensor&) {}
+  explicit Queue(const Given&) {}
 #endif
   void* stream = nullptr;
 };
 
-// The arguments of a score and where its results go. The levels are checked.
+// The arguments of a score and where its results go.
 struct Scoring {
-  explicit Scoring(const Tensors& logits) : dtype(accumulated(DType::f32, logits)) {
+  explicit Scoring(const Levels& logits) : dtype(accumulated(DType::f32, logits)) {
     int64_t first = 0;
-    for (const Tensor& z : logits) {
+    levels.reserve(logits.size());
+    for (const Given& z : logits) {
       levels.push_back(level_of(z, first));
-      levels.back().teacher = view(z, z.const_data_ptr());
+      levels.back().teacher = view(z, z.tensor->const_data_ptr());
       first += positions(z);
     }
     const int64_t count = static_cast<int64_t>(levels.size());
@@ -51,25 +52,29 @@ struct Scoring {
   Score call;
 };
 
-std::tuple<Tensor, Tensor> score_op(Tensors logits) {
-  require_levels("score", "logits", logits);
-  const Queue queue(logits[0]);
-  Scoring scoring(logits);
-  Tensor workspace = vector_of(score_workspace(scoring.call), ScalarType::Byte, logits[0]);
+std::tuple<Tensor, Tensor> score_op(const Tensors& logits) {
+  const Levels levels = checked_levels("score", "logits", logits);
+  const Queue queue(levels[0]);
+  Scoring scoring(levels);
+  Tensor workspace = vector_of(score_workspace(scoring.call), ScalarType::Byte, levels[0]);
   score(scoring.call, workspace.mutable_data_ptr(), queue.stream);
   return {scoring.scores, scoring.mass};
 }
 
-Loss loss_of(const char* verb, const std::string& name) {
-  std::string valid;
-  Loss found = Loss::COUNT;
+template <class F>
+void for_each_loss(const F& f) {
   for (int i = 0; i < static_cast<int>(Loss::COUNT); ++i)
-    EveryLoss::with(static_cast<Loss>(i), [&](auto loss) {
-      const std::string known = Traits<decltype(loss)::value>::name;
-      if (known == name) found = loss;
-      valid += (valid.empty() ? "'" : ", '") + known + "'";
-    });
-  require(found != Loss::COUNT, verb, ": loss '", name, "' is unknown; the valid ones are ", valid);
+    EveryLoss::with(static_cast<Loss>(i), [&](auto loss) { f(loss.value, Traits<decltype(loss)::value>::name); });
+}
+
+Loss loss_of(const char* verb, const std::string& name) {
+  Loss found = Loss::COUNT;
+  for_each_loss([&](Loss loss, const char* known) { found = name == known ? loss : found; });
+  if (found == Loss::COUNT) {
+    std::string valid;
+    for_each_loss([&](Loss, const char* known) { valid += (valid.empty() ? "'" : ", '") + std::string(known) + "'"; });
+    require(false, verb, ": loss '", name, "' is unknown; the valid ones are ", valid);
+  }
   return found;
 }
 
@@ -81,45 +86,48 @@ bool takes_logits(Loss loss) {
 
 // The columns of the table of entries and terms, as frs_kernels/reference.py describes them.
 struct Columns {
-  std::vector<int64_t> level, term;
-  std::vector<double> scale, eps;
-  std::vector<std::string> loss;
-  std::vector<double> weight;
-  std::vector<std::optional<Tensor>> factor;
-  std::vector<double> temperature, beta;
-  std::vector<bool> want_grad;
-  bool want_loss;
+  const std::vector<int64_t>&level, &term;
+  const std::vector<double>&scale, &eps;
+  const std::vector<std::string>& loss;
+  const std::vector<double>& weight;
+  const std::vector<std::optional<Tensor>>& factor;
+  const std::vector<double>&temperature, &beta;
+  const std::vector<bool>& want_grad;
+  const bool want_loss;
 };
 
 // The arguments of an imitate and where its results go. Everything is checked before anything is allocated.
 struct Imitation {
-  // `sizes`: each level's (N, H, W), as far as it is known; else what the entries say.
-  Imitation(const char* verb, const Tensors& student, const Tensors& teacher, const Columns& columns,
-            const Tensors* logits)
-      : verb(verb), count(student.size()), want_loss(columns.want_loss) {
-    require_levels(verb, "student", student);
-    require_levels(verb, "teacher", teacher);
-    require(student.size() == teacher.size(), verb, ": student has ", count, " entries, teacher ", teacher.size(),
+  // `logits`: the levels, where the operator is given them; else they are what the entries say.
+  Imitation(const char* verb, const Tensors& students, const Tensors& teachers, const Columns& columns,
+            const Levels* logits)
+      : verb(verb),
+        count(students.size()),
+        want_loss(columns.want_loss),
+        student(checked_levels(verb, "student", students)),
+        teacher(checked_levels(verb, "teacher", teachers)),
+        dtype(accumulated(accumulated(DType::f32, student), teacher)) {
+    require(count == teacher.size(), verb, ": student has ", count, " entries, teacher ", teacher.size(),
             "; they must have the same shape in every entry");
     for (size_t i = 0; i < count; ++i) {
-      const Name s{verb, "student", i, student[i]};
-      require(std::ranges::equal(student[i].sizes(), teacher[i].sizes()), s, ", teacher ", Shape{teacher[i]},
-              "; they must have the same shape in every entry");
+      require(std::equal(student[i].size, student[i].size + 4, teacher[i].size), Name{verb, "student", i, student[i]},
+              ", teacher ", teacher[i], "; they must have the same shape in every entry");
       require_device({verb, "teacher", i, teacher[i]}, student[0]);
     }
-    set_terms(columns, student[0]);
-    set_entries(columns, student, logits);
-    dtype = accumulated(accumulated(DType::f32, student), teacher);
+    set_terms(columns);
+    set_entries(columns, logits);
   }
 
   // The masks must be there in full: `scores` has a number a position, `norm` one a level.
-  void check_scores(const Tensor& scores, const Tensor& norm, const Tensor& like) const {
-    for (const auto& [name, t] : {std::pair{"scores", &scores}, std::pair{"norm", &norm}}) {
-      require(t->defined(), verb, ": ", name, " is None");
-      require(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double, verb, ": ", name,
+  void check_scores(const Tensor& scores, const Tensor& norm) const {
+    for (const auto& [name, tensor] : {std::pair{"scores", &scores}, std::pair{"norm", &norm}}) {
+      require(tensor->defined(), verb, ": ", name, " is None");
+      const Given given(*tensor);
+      require(given.type == ScalarType::Float || given.type == ScalarType::Double, verb, ": ", name,
               " must be float32 or float64");
-      require(t->dim() == 1 && t->is_contiguous(), verb, ": ", name, " ", Shape{*t}, " must be 1-dim and contiguous");
-      require(t->device() == like.device(), verb, ": ", name, " is on another device than the levels; move it there");
+      require(given.dim == 1 && tensor->is_contiguous(), verb, ": ", name, " ", given, " must be 1-dim and contiguous");
+      require(given.device == student[0].device, verb, ": ", name,
+              " is on another device than the levels; move it there");
     }
     require(scores.scalar_type() == norm.scalar_type(), verb, ": scores and norm must have one dtype");
     require(scores.numel() == total_positions && norm.numel() == level_count, verb,
@@ -128,30 +136,29 @@ struct Imitation {
   }
 
   // Allocates the results. The scores are checked or have just been made.
-  void allocate(const Tensors& student, const Tensors& teacher, const Tensor& scores, const Tensor& norm) {
-    const Tensor& like = student[0];
+  void allocate(const Tensor& scores, const Tensor& norm) {
+    grads.reserve(count);
     for (size_t i = 0; i < count; ++i) {
       Entry& entry = entries[i];
-      entry.student = view(student[i], student[i].const_data_ptr());
-      entry.teacher = view(teacher[i], teacher[i].const_data_ptr());
-      if (!wanted[i]) continue;
+      entry.student = view(student[i], student[i].tensor->const_data_ptr());
+      entry.teacher = view(teacher[i], teacher[i].tensor->const_data_ptr());
+      if (!terms_want[entry.term]) continue;
       grads.push_back(empty_like(student[i]));
-      Tensor& grad = grads.back();
-      entry.grad = view(grad, grad.mutable_data_ptr());
+      const Given grad(grads.back());
+      entry.grad = view(grad, grads.back().mutable_data_ptr());
 #ifndef USE_CUDA
-      prefer_huge_pages(entry.grad.data, grad.numel() * static_cast<int64_t>(grad.element_size()));
+      prefer_huge_pages(entry.grad.data, grad.numel() * static_cast<int64_t>(grads.back().element_size()));
 #endif
     }
     const int64_t rows = static_cast<int64_t>(terms.size() + count), none = 0, one = 1;
-    total = want_loss ? empty(0, nullptr, nullptr, scalar_type(dtype), like)
-                      : empty(1, &none, &one, scalar_type(dtype), like);
-    values = vector_of(want_loss ? rows : 0, scalar_type(dtype), like);
+    total = empty(want_loss ? 0 : 1, &none, &one, scalar_type(dtype), student[0]);
+    values = vector_of(want_loss ? rows : 0, scalar_type(dtype), student[0]);
     call = {entries.data(),
             static_cast<int64_t>(count),
             terms.data(),
             static_cast<int64_t>(terms.size()),
             dtype,
-            dtype_of(scores),
+            dtype_of(scores.scalar_type()),
             scores.const_data_ptr(),
             norm.const_data_ptr(),
             want_loss ? total.mutable_data_ptr() : nullptr,
@@ -161,132 +168,126 @@ struct Imitation {
   const char* verb;
   size_t count;
   bool want_loss;
+  Levels student, teacher;
   DType dtype;
   std::vector<Entry> entries;
   std::vector<Term> terms;
-  std::vector<bool> wanted;  // the gradient of an entry
+  std::vector<bool> terms_want;  // the gradients of their entries
   int64_t total_positions = 0, level_count = 0;
   Tensor total, values;
   Tensors grads;
   Imitate call;
 
  private:
-  void set_terms(const Columns& columns, const Tensor& like) {
+  void set_terms(const Columns& columns) {
     const size_t size = columns.loss.size();
     require(size > 0, verb, ": loss is empty; it needs a name a term");
     require(columns.weight.size() == size && columns.factor.size() == size && columns.temperature.size() == size &&
                 columns.beta.size() == size && columns.want_grad.size() == size,
             verb, ": weight, factor, temperature, beta and want_grad must have an element a term, as loss has: ", size);
     bool any = columns.want_loss;
+    terms.reserve(size);
     for (size_t t = 0; t < size; ++t) {
       const double temperature = columns.temperature[t], beta = columns.beta[t];
       require(std::isfinite(temperature) && temperature > 0, verb, ": temperature must be positive and finite, got ",
               temperature);
       require(std::isfinite(beta) && beta >= 0, verb, ": beta must be zero or more and finite, got ", beta);
       const std::optional<Tensor>& factor = columns.factor[t];
-      if (factor) require_number(verb, *factor, like);
+      if (factor) require_number(verb, *factor, student[0].device);
       const Loss loss = loss_of(verb, columns.loss[t]);
       terms.push_back({loss, columns.weight[t], factor ? factor->const_data_ptr() : nullptr,
-                       factor ? dtype_of(*factor) : DType::f32, takes_logits(loss) ? temperature : 1.0, beta});
+                       factor ? dtype_of(factor->scalar_type()) : DType::f32, takes_logits(loss) ? temperature : 1.0,
+                       beta});
       any |= columns.want_grad[t];
     }
+    terms_want = columns.want_grad;
     require(any, verb, ": nothing is wanted: set want_loss, want_grad or both");
   }
 
-  void set_entries(const Columns& columns, const Tensors& student, const Tensors* logits) {
+  void set_entries(const Columns& columns, const Levels* logits) {
     require(columns.level.size() == count && columns.term.size() == count && columns.scale.size() == count &&
                 columns.eps.size() == count,
             verb, ": level, term, scale and eps must have an element an entry, as student has: ", count);
-    std::vector<const Tensor*> of_level(logits ? logits->size() : count);
+    std::vector<const Given*> of_level(logits ? logits->size() : count);
     std::vector<bool> has_entry(of_level.size()), term_has(terms.size());
     if (logits)
       for (size_t l = 0; l < logits->size(); ++l) of_level[l] = &(*logits)[l];
     for (size_t i = 0; i < count; ++i) {
-      const Name name{verb, "student", i, student[i]};
+      const Given& s = student[i];
+      const Name name{verb, "student", i, s};
       const int64_t level = columns.level[i], term = columns.term[i];
       require(level >= 0 && level < static_cast<int64_t>(of_level.size()), name, ": there is no level ", level);
       require(term >= 0 && term < static_cast<int64_t>(terms.size()), name, ": there is no term ", term);
-      const Tensor*& of = of_level[level];
-      if (of == nullptr) of = &student[i];
+      const Given*& of = of_level[level];
+      if (of == nullptr) of = &s;
       has_entry[level] = term_has[term] = true;
-      const bool fits =
-          student[i].size(0) == of->size(0) && student[i].size(2) == of->size(2) && student[i].size(3) == of->size(3);
-      require(fits, name, " differs in N, H or W from level ", level, ", ", Shape{*of});
+      const bool fits = s.size[0] == of->size[0] && s.size[2] == of->size[2] && s.size[3] == of->size[3];
+      require(fits, name, " differs in N, H or W from level ", level, ", ", *of);
     }
     while (!logits && !of_level.empty() && of_level.back() == nullptr) of_level.pop_back();
-    std::vector<int64_t> first;
+    std::vector<int64_t> first(of_level.size());
     for (size_t l = 0; l < of_level.size(); ++l) {
       require(has_entry[l], verb, ": level ", l, " has no entry; levels are numbered from 0 without a gap");
-      first.push_back(total_positions);
+      first[l] = total_positions;
       total_positions += positions(*of_level[l]);
     }
     level_count = static_cast<int64_t>(of_level.size());
     for (size_t t = 0; t < terms.size(); ++t) require(term_has[t], verb, ": term ", t, " has no entry");
+    entries.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      const int64_t level = columns.level[i], term = columns.term[i];
-      entries.push_back({level_of(student[i], first[level]), level, term, columns.scale[i], columns.eps[i]});
-      wanted.push_back(columns.want_grad[term]);
+      const int64_t level = columns.level[i];
+      entries.push_back({level_of(student[i], first[level]), level, columns.term[i], columns.scale[i], columns.eps[i]});
     }
-  }
-
-  static Tensor empty_like(const Tensor& t) {
-    const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-    const int64_t planar[] = {c * h * w, h * w, w, 1}, interleaved[] = {c * h * w, 1, w * c, c};
-    const auto has = [&](const int64_t (&strides)[4]) {
-      for (int64_t i = 0; i < 4; ++i)
-        if (t.size(i) != 1 && t.stride(i) != strides[i]) return false;
-      return true;
-    };
-    // The strides that torch.empty_like gives; it is asked where they are neither of the two usual ones.
-    if (t.numel() > 0 && t.is_contiguous() && has(planar))
-      return empty(4, t.sizes().data(), t.strides().data(), t.scalar_type(), t);
-    if (t.numel() > 0 && has(interleaved)) return empty(4, t.sizes().data(), t.strides().data(), t.scalar_type(), t);
-    return torch::stable::empty_like(t);
   }
 };
 
-std::tuple<Tensor, Tensor, Tensors> imitate_op(Tensors student, Tensors teacher, Tensor scores, Tensor norm,
-                                               std::vector<int64_t> level, std::vector<int64_t> term,
-                                               std::vector<double> scale, std::vector<double> eps,
-                                               std::vector<std::string> loss, std::vector<double> weight,
-                                               std::vector<std::optional<Tensor>> factor,
-                                               std::vector<double> temperature, std::vector<double> beta,
-                                               std::vector<bool> want_grad, bool want_loss) {
+std::tuple<Tensor, Tensor, Tensors> imitate_op(const Tensors& student, const Tensors& teacher, const Tensor& scores,
+                                               const Tensor& norm, const std::vector<int64_t>& level,
+                                               const std::vector<int64_t>& term, const std::vector<double>& scale,
+                                               const std::vector<double>& eps, const std::vector<std::string>& loss,
+                                               const std::vector<double>& weight,
+                                               const std::vector<std::optional<Tensor>>& factor,
+                                               const std::vector<double>& temperature, const std::vector<double>& beta,
+                                               const std::vector<bool>& want_grad, bool want_loss) {
   const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss};
   Imitation imitation("imitate", student, teacher, columns, nullptr);
-  imitation.check_scores(scores, norm, student[0]);
-  const Queue queue(student[0]);
-  imitation.allocate(student, teacher, scores, norm);
-  Tensor workspace = vector_of(imitate_workspace(imitation.call), ScalarType::Byte, student[0]);
+  imitation.check_scores(scores, norm);
+  const Given& like = imitation.student[0];
+  const Queue queue(like);
+  imitation.allocate(scores, norm);
+  Tensor workspace = vector_of(imitate_workspace(imitation.call), ScalarType::Byte, like);
   imitate(imitation.call, workspace.mutable_data_ptr(), queue.stream);
-  return {imitation.total, imitation.values, imitation.grads};
+  return {imitation.total, imitation.values, std::move(imitation.grads)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> distill_op(
-    Tensors student, Tensors teacher, Tensors logits, std::vector<int64_t> level, std::vector<int64_t> term,
-    std::vector<double> scale, std::vector<double> eps, std::vector<std::string> loss, std::vector<double> weight,
-    std::vector<std::optional<Tensor>> factor, std::vector<double> temperature, std::vector<double> beta,
-    std::vector<bool> want_grad, bool want_loss) {
-  require_levels("distill", "logits", logits);
+    const Tensors& student, const Tensors& teacher, const Tensors& logits, const std::vector<int64_t>& level,
+    const std::vector<int64_t>& term, const std::vector<double>& scale, const std::vector<double>& eps,
+    const std::vector<std::string>& loss, const std::vector<double>& weight,
+    const std::vector<std::optional<Tensor>>& factor, const std::vector<double>& temperature,
+    const std::vector<double>& beta, const std::vector<bool>& want_grad, bool want_loss) {
+  const Levels levels = checked_levels("distill", "logits", logits);
   const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss};
-  Imitation imitation("distill", student, teacher, columns, &logits);
-  require_device({"distill", "logits", 0, logits[0]}, student[0]);
-  const Queue queue(student[0]);
-  Scoring scoring(logits);
-  imitation.allocate(student, teacher, scoring.scores, scoring.mass);
-  Tensor workspace = vector_of(distill_workspace(scoring.call, imitation.call), ScalarType::Byte, student[0]);
+  Imitation imitation("distill", student, teacher, columns, &levels);
+  const Given& like = imitation.student[0];
+  require_device({"distill", "logits", 0, levels[0]}, like);
+  const Queue queue(like);
+  Scoring scoring(levels);
+  imitation.allocate(scoring.scores, scoring.mass);
+  Tensor workspace = vector_of(distill_workspace(scoring.call, imitation.call), ScalarType::Byte, like);
   distill(scoring.call, imitation.call, workspace.mutable_data_ptr(), queue.stream);
-  return {scoring.scores, scoring.mass, imitation.total, imitation.values, imitation.grads};
+  return {scoring.scores, scoring.mass, imitation.total, imitation.values, std::move(imitation.grads)};
 }
 
 enum class Memory { dense, gaps, overlap };
 
 // How t lies in memory, in whatever order of axes; an overlap is taken for one where a stride is less than what lies
 // within it.
-Memory memory_of(const Tensor& t) {
+Memory memory_of(const Given& t) {
   std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) != 1) axes.emplace_back(t.stride(i), t.size(i));
+  axes.reserve(t.dim);
+  for (int64_t i = 0; i < t.dim; ++i)
+    if (t.size[i] != 1) axes.emplace_back(t.stride[i], t.size[i]);
   std::sort(axes.begin(), axes.end());
   int64_t within = 1;
   for (const auto& [stride, size] : axes) {
@@ -296,28 +297,34 @@ Memory memory_of(const Tensor& t) {
   return within == t.numel() ? Memory::dense : Memory::gaps;
 }
 
-void scale_op(Tensors grads, Tensor factor) {
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const Name name{"scale_", "grads", i, grads[i]};
-    require(is_float(grads[i]), name, " must be float32, float64, bfloat16 or float16");
-    require_device(name, grads[0]);
-    require(grads[i].numel() == 0 || memory_of(grads[i]) != Memory::overlap, name,
-            " overlaps itself in memory, so that a number would be multiplied twice; clone it");
-  }
-  require_number("scale_", factor, grads.empty() ? factor : grads[0]);
-  const Queue queue(factor);
+void scale_op(const Tensors& grads, const Tensor& factor) {
+  const Levels given(grads.begin(), grads.end());
   std::vector<Run> runs;
-  for (Tensor& grad : grads) {
-    if (grad.numel() == 0) continue;
-    if (memory_of(grad) == Memory::dense) {
-      runs.push_back({grad.mutable_data_ptr(), grad.numel(), dtype_of(grad)});
-    } else {
-      StableIValue stack[] = {torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
-      torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that came back
-    }
+  runs.reserve(given.size());
+  Tensors apart;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const Name name{"scale_", "grads", i, given[i]};
+    require(is_float(given[i].type), name, " must be float32, float64, bfloat16 or float16");
+    require_device(name, given[0]);
+    const int64_t numel = given[i].numel();
+    if (numel == 0) continue;
+    const Memory memory = memory_of(given[i]);
+    require(memory != Memory::overlap, name,
+            " overlaps itself in memory, so that a number would be multiplied twice; clone it");
+    if (memory == Memory::dense)
+      runs.push_back({grads[i].mutable_data_ptr(), numel, dtype_of(given[i].type)});
+    else
+      apart.push_back(grads[i]);
   }
-  const Scale call{runs.data(), static_cast<int64_t>(runs.size()), factor.const_data_ptr(), dtype_of(factor)};
+  require_number("scale_", factor, given.empty() ? factor.device() : given[0].device);
+  const Queue queue{Given(factor)};
+  for (const Tensor& grad : apart) {
+    StableIValue stack[] = {torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that came back
+  }
+  const Scale call{runs.data(), static_cast<int64_t>(runs.size()), factor.const_data_ptr(),
+                   dtype_of(factor.scalar_type())};
   if (!runs.empty()) scale(call, queue.stream);
 }
 

@@ -26,27 +26,54 @@ void require(bool condition, const Words&... words) {
   throw std::invalid_argument(message.str());
 }
 
-struct Shape {
-  const Tensor& of;
-  friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-    out << "(";
-    for (int64_t i = 0; i < shape.of.dim(); ++i) out << (i ? ", " : "") << shape.of.size(i);
-    return out << ")";
+// A tensor, and what the checks and the structs of verbs.h ask of it, asked once: each question is a call into torch,
+// and on small levels those calls are most of an operator's time.
+struct Given {
+  explicit Given(const Tensor& t)
+      : tensor(&t),
+        dim(t.dim()),
+        size(t.sizes().data()),
+        stride(t.strides().data()),
+        type(t.scalar_type()),
+        device(t.device()) {}
+
+  int64_t numel() const {
+    int64_t product = 1;
+    for (int64_t i = 0; i < dim; ++i) product *= size[i];
+    return product;
   }
+
+  const Tensor* tensor;
+  int64_t dim;
+  const int64_t *size, *stride;
+  ScalarType type;
+  torch::stable::Device device;
 };
+using Levels = std::vector<Given>;
+
+std::ostream& operator<<(std::ostream& out, const Given& given) {
+  out << "(";
+  for (int64_t i = 0; i < given.dim; ++i) out << (i ? ", " : "") << given.size[i];
+  return out << ")";
+}
 
 // "imitate: student[2] (1, 3)"
 struct Name {
   const char *verb, *argument;
   size_t level;
-  const Tensor& tensor;
+  const Given& given;
   friend std::ostream& operator<<(std::ostream& out, const Name& name) {
-    return out << name.verb << ": " << name.argument << "[" << name.level << "] " << Shape{name.tensor};
+    return out << name.verb << ": " << name.argument << "[" << name.level << "] " << name.given;
   }
 };
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
@@ -55,47 +82,44 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-bool is_float(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
 ScalarType scalar_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
 // fp64 as soon as one tensor is fp64, else fp32.
-DType accumulated(DType so_far, const Tensors& levels) {
-  const auto wide = [](const Tensor& t) { return t.scalar_type() == ScalarType::Double; };
+DType accumulated(DType so_far, const Levels& levels) {
+  const auto wide = [](const Given& given) { return given.type == ScalarType::Double; };
   return std::any_of(levels.begin(), levels.end(), wide) ? DType::f64 : so_far;
 }
 
-void require_device(const Name& name, const Tensor& like) {
-  require(name.tensor.device() == like.device(), name, " is on another device than the rest; one device is needed");
+void require_device(const Name& name, const Given& like) {
+  require(name.given.device == like.device, name, " is on another device than the rest; one device is needed");
 }
 
-void require_levels(const char* verb, const char* argument, const Tensors& levels) {
-  require(!levels.empty(), verb, ": ", argument, " is empty; it needs (N, C, H, W) tensors, one a level");
+Levels checked_levels(const char* verb, const char* argument, const Tensors& tensors) {
+  require(!tensors.empty(), verb, ": ", argument, " is empty; it needs (N, C, H, W) tensors, one a level");
+  Levels levels(tensors.begin(), tensors.end());
   for (size_t i = 0; i < levels.size(); ++i) {
     const Name name{verb, argument, i, levels[i]};
-    require(is_float(levels[i]), name, " must be float32, float64, bfloat16 or float16");
-    require(levels[i].dim() == 4 && levels[i].size(1) > 0, name,
+    require(is_float(levels[i].type), name, " must be float32, float64, bfloat16 or float16");
+    require(levels[i].dim == 4 && levels[i].size[1] > 0, name,
             " does not fit: levels are (N, C, H, W), one a level, with C at least 1");
     require_device(name, levels[0]);
   }
+  return levels;
 }
 
-void require_number(const char* verb, const Tensor& factor, const Tensor& like) {
+void require_number(const char* verb, const Tensor& factor, const torch::stable::Device& device) {
   require(factor.defined(), verb, ": factor is None");
-  require(is_float(factor), verb, ": factor must be float32, float64, bfloat16 or float16");
-  require(factor.dim() == 0, verb, ": factor must be 0-dim, got ", Shape{factor});
-  require(factor.device() == like.device(), verb, ": factor is on another device than the levels; move it there");
+  const Given given(factor);
+  require(is_float(given.type), verb, ": factor must be float32, float64, bfloat16 or float16");
+  require(given.dim == 0, verb, ": factor must be 0-dim, got ", given);
+  require(given.device == device, verb, ": factor is on another device than the levels; move it there");
 }
 
-int64_t positions(const Tensor& level) { return level.size(0) * level.size(2) * level.size(3); }
+int64_t positions(const Given& level) { return level.size[0] * level.size[2] * level.size[3]; }
 
 // The stride of an axis of size 1 is arbitrary, so that of the positions is taken from the axes that count.
-View view(const Tensor& t, const void* data) {
-  const int64_t h = t.stride(2), w = t.stride(3), height = t.size(2), width = t.size(3);
+View view(const Given& t, const void* data) {
+  const int64_t h = t.stride[2], w = t.stride[3], height = t.size[2], width = t.size[3];
   int64_t p = -1;
   if (height <= 1 && width <= 1)
     p = 1;
@@ -105,31 +129,41 @@ View view(const Tensor& t, const void* data) {
     p = h;
   else if (h == width * w)
     p = w;
-  return {const_cast<void*>(data), t.stride(0), t.size(1) > 1 ? t.stride(1) : 1, h, w, p, dtype_of(t)};
+  return {const_cast<void*>(data), t.stride[0], t.size[1] > 1 ? t.stride[1] : 1, h, w, p, dtype_of(t.type)};
 }
 
-// True where memory is walked with the channels innermost.
-bool is_interleaved(const Tensor& t, const View& v) {
-  return t.size(1) > 1 && v.c == 1 && (v.p != 1 || t.size(2) * t.size(3) == 1);
+// The level of its first operand: the student, or for score the teacher.
+Level level_of(const Given& t, int64_t first) {
+  const View v = view(t, nullptr);
+  const bool interleaved = t.size[1] > 1 && v.c == 1 && (v.p != 1 || t.size[2] * t.size[3] == 1);
+  return {t.size[0], t.size[1], t.size[2], t.size[3], first, interleaved, {}, {}, {}};
 }
 
-Level level_of(const Tensor& t, int64_t first) {
-  return {t.size(0), t.size(1), t.size(2), t.size(3), first, is_interleaved(t, view(t, nullptr)), {}, {}, {}};
-}
-
-Tensor empty(int64_t dims, const int64_t* shape, const int64_t* strides, ScalarType dtype, const Tensor& like) {
+Tensor empty(int64_t dims, const int64_t* shape, const int64_t* strides, ScalarType dtype, const Given& like) {
   AtenTensorHandle made;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto device = torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device.type()));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, shape, strides, type, device_type, like.get_device_index(), &made));
+      aoti_torch_empty_strided(dims, shape, strides, type, device, like.device.index(), &made));
   return Tensor(made);
 }
 
-Tensor vector_of(int64_t size, ScalarType dtype, const Tensor& like) {
+Tensor vector_of(int64_t size, ScalarType dtype, const Given& like) {
   const int64_t stride = 1;
   return empty(1, &size, &stride, dtype, like);
+}
+
+// With the strides that torch.empty_like gives. It is asked where they are neither of the two usual ones.
+Tensor empty_like(const Given& t) {
+  const int64_t c = t.size[1], h = t.size[2], w = t.size[3];
+  const int64_t planar[] = {c * h * w, h * w, w, 1}, interleaved[] = {c * h * w, 1, w * c, c};
+  const auto has = [&](const int64_t (&strides)[4]) {
+    for (int64_t i = 0; i < 4; ++i)
+      if (t.size[i] != 1 && t.stride[i] != strides[i]) return false;
+    return true;
+  };
+  if (t.numel() > 0 && (has(planar) || has(interleaved))) return empty(4, t.size, t.stride, t.type, t);
+  return torch::stable::empty_like(*t.tensor);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from frs_kernels.levels import accumulate_dtype
 from frs_kernels.ops import VERBS
@@ -25,9 +26,9 @@ class Call(NamedTuple):
     logits: Sequence[Tensor]
     scores: Tensor | None
     norm: Tensor | None
-    weight: tuple[float, ...]  # (T,)
-    factor: tuple[Tensor | None, ...]  # (T,), 0-dim
-    modes: tuple[str, ...]  # (T,), "none", "forward" or "backward": where the gradient is computed
+    weight: list[float]  # (T,)
+    factor: list[Tensor | None]  # (T,), 0-dim
+    modes: list[str]  # (T,), "none", "forward" or "backward": where the gradient is computed
     want_values: bool
 
 
@@ -57,8 +58,8 @@ class Imitation(torch.autograd.Function):
             total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
         ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
         ctx.spent = False
-        late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
-        if late:
+        if "backward" in call.modes:
+            late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
             inputs = [[student[e] for e in late], [call.teacher[e] for e in late]]
             _save(ctx, grads=grads, scores=[scores, norm], factor=call.factor, student=inputs[0], teacher=inputs[1])
         else:
@@ -74,7 +75,7 @@ class Imitation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or is_compiling():
             return (None, *_gradients(ctx, loss_grad, value_grads))
         with torch.no_grad():
             results = _gradients(ctx, loss_grad, value_grads)
@@ -90,43 +91,42 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
         )
     table: Table = ctx.table
     saved = _saved(ctx)
-    of_terms = value_grads or (None,) * len(table.loss)
+    compiling = is_compiling()
     results: list[Tensor | None] = [None] * len(table.term)
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
     late: list[_Late] = []
-    kept = saved["grads"]
+    kept, first = saved["grads"], 0
     for t, mode in enumerate(ctx.modes):
         entries = table.entries[t]
+        value_grad = value_grads[t] if value_grads else None
         if mode == "forward":
-            grads, kept = kept[: len(entries)], kept[len(entries) :]
-            factor = _kept_factor(loss_grad, of_terms[t], ctx.weight[t])
+            grads = list(kept[first : first + len(entries)])
+            first += len(entries)
+            factor = loss_grad if value_grad is None else _kept_factor(loss_grad, value_grad, ctx.weight[t])
             if factor is None:
                 continue
-            if torch.compiler.is_compiling():
+            if compiling:
                 # Changed in place, a saved tensor is cloned by the compiler first.
                 dtype = accumulate_dtype(*grads)
                 grads = [(g * factor.to(dtype)).to(g.dtype) for g in grads]
             elif to_scale and to_scale[-1][0] is factor:
                 to_scale[-1][1].extend(grads)
             else:
-                to_scale.append((factor, list(grads)))
-            for e, grad in zip(entries, grads, strict=True):
-                results[e] = grad
+                to_scale.append((factor, grads))
+            results[entries.start : entries.stop] = grads
         elif mode == "backward":
-            term = _late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, of_terms[t])
+            term = _late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, value_grad)
             late += [] if term is None else [term]
     _imitate_late(ctx, saved, late, results)
-    ctx.spent = len(saved["grads"]) > 0 and not torch.compiler.is_compiling()
+    ctx.spent = len(kept) > 0 and not compiling
     for factor, grads in to_scale:
         VERBS[ctx.backend].scale_(grads, factor)
     wanted = ctx.needs_input_grad[1:]
     return results if all(wanted) else [g if want else None for g, want in zip(results, wanted, strict=True)]
 
 
-def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor | None, weight: float) -> Tensor | None:
+def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor, weight: float) -> Tensor:
     """What a gradient of weight * value is multiplied by."""
-    if value_grad is None:
-        return loss_grad
     # By a tensor: a GPU divides by a number as a product with its reciprocal, and weight * value, the usual use, would
     # not come out as a factor of exactly 1, which scale_ does nothing for.
     value_grad = value_grad / torch.full_like(value_grad, weight)
@@ -209,7 +209,7 @@ def _save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
     ctx.sizes = {name: len(group) for name, group in named.items()}
     tensors = [t for group in named.values() for t in group]
     ctx.inference = {}
-    if len(named) > 1 and not torch.compiler.is_compiling():  # gradients, which are new, are none
+    if len(named) > 1 and not is_compiling():  # gradients, which are new, are none
         ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
         tensors = [None if i in ctx.inference else t for i, t in enumerate(tensors)]
     ctx.save_for_backward(*tensors)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from frs_kernels import backends, checks, native
 from frs_kernels.autograd import Call, imitation
@@ -256,10 +257,13 @@ def _distill(
     `check` says in the user's words what is wrong with the arguments. On small levels it takes as long as all the rest,
     so where a native operator checks all of it as well, it runs only if something was refused.
     """
-    lists = [levels for pair in pairs for levels in (pair.student, pair.teacher)]
-    plain = all(type(levels) in (list, tuple) and len(levels) == len(lists[0]) for levels in lists)
+    levels = len(pairs[0].teacher) if type(pairs[0].teacher) in (list, tuple) else -1
+    plain = True
+    for pair in pairs:
+        for given in (pair.student, pair.teacher):
+            plain = plain and type(given) in (list, tuple) and len(given) == levels
     rare = mask is not None or process_group is not None or options.level_weights is not None
-    if rare or not plain or torch.compiler.is_compiling():
+    if rare or not plain or is_compiling():
         check()
         return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms)
     try:
@@ -284,8 +288,17 @@ def _imitate_pairs(
     backend = backends.choose(options.backend, device.type)
     if check is not None and backend not in native.LIBRARIES:
         check()
+    student: list[Tensor] = []
+    teacher: list[Tensor] = []
+    weight, factor, modes = [], [], []
     for pair in pairs:
         checks.check_weight(pair.weight_name, pair.weight, device)
+        is_tensor = isinstance(pair.weight, Tensor)
+        weight.append(1.0 if is_tensor else float(pair.weight))
+        factor.append(pair.weight.detach() if isinstance(pair.weight, Tensor) else None)
+        modes.append(_grad_mode(pair, options.grad_mode, return_terms))
+        student += pair.student
+        teacher += pair.teacher
     scores = norm = None
     if mask is not None:
         scores, norm = _given_scores(mask)
@@ -293,19 +306,10 @@ def _imitate_pairs(
         with torch.no_grad():
             scores, norm = VERBS[backend].score(teacher_logits)
         norm = _average(norm, process_group)
-    call = Call(
-        backend,
-        _table_of(pairs, options),
-        [z for pair in pairs for z in pair.teacher],
-        teacher_logits if scores is None and teacher_logits is not None else (),
-        scores,
-        norm,
-        tuple(1.0 if isinstance(pair.weight, Tensor) else float(pair.weight) for pair in pairs),
-        tuple(pair.weight.detach() if isinstance(pair.weight, Tensor) else None for pair in pairs),
-        tuple(_grad_mode(pair, options.grad_mode, return_terms) for pair in pairs),
-        return_terms,
-    )
-    loss, *found = imitation(call, [x for pair in pairs for x in pair.student])
+    logits = teacher_logits if scores is None and teacher_logits is not None else ()
+    table = _table_of(pairs, options)
+    call = Call(backend, table, teacher, logits, scores, norm, weight, factor, modes, return_terms)
+    loss, *found = imitation(call, student)
     if not return_terms:
         return loss
     terms, (values, *made) = found[: len(pairs)], found[len(pairs) :]
@@ -324,20 +328,23 @@ def _table_of(pairs: Sequence[_Pair], options: Options) -> Table:
     channels: tuple[int, ...] = ()
     if options.normalizer == "mass_channels":
         channels = tuple(z.shape[1] for pair in pairs for z in pair.teacher)
-    make = make_table if torch.compiler.is_compiling() else make_table_once  # Dynamo knows no cache
+    make = make_table if is_compiling() else make_table_once  # Dynamo knows no cache
     return make(options, losses, len(pairs[0].teacher), channels)
 
 
 def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in pair.student)):
-        return "none"
-    if grad_mode == "auto":
+    wanted = late = False
+    for x in pair.student:
+        wanted = wanted or x.requires_grad
         # fp16: 2 w S (s - t) / M is far below its range until the loss scale multiplies it. fp64: nobody trains in it,
         # and torch.autograd.gradcheck goes backward twice through one graph.
-        late = (torch.float16, torch.float64)
-        grad_mode = "backward" if any(x.dtype in late for x in pair.student) else "forward"
+        late = late or x.dtype in (torch.float16, torch.float64)
+    if not wanted or not torch.is_grad_enabled():
+        return "none"
     if return_terms and (isinstance(pair.weight, Tensor) or abs(pair.weight) < 1e-30):
         return "backward"  # dividing the stored gradient by this weight would not give that of the term alone
+    if grad_mode == "auto":
+        return "backward" if late else "forward"
     return grad_mode
 
 

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from frs_kernels import backends, checks
 from frs_kernels.losses import CLS_LOSSES, FEAT_LOSSES
@@ -62,7 +62,7 @@ class Options(NamedTuple):
             TypeError, ValueError: an option is unknown or out of range.
         """
         # Dynamo knows no cache, and (True, 1.0) == (1.0, 1.0)
-        if not torch.compiler.is_compiling() and options.get("level_weights") is None:
+        if not is_compiling() and options.get("level_weights") is None:
             try:
                 return _checked_once(**options)
             except TypeError:
