@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,26 @@ class TestModel:
         assert scaled["seconds"] == pytest.approx(1e-6 * (7 + score + bce + mse + 1748.992))
         assert model.predict(case, "another", 1e11) is None
         assert model.predict(replace(case, dtype="fp16"), "a toy", 1e11) is None
+
+    def test_its_instructions_are_those_counted(self):
+        """docs/codegen-cuda.md: contiguous levels take the walk `lines`, channels_last ones `positions`."""
+        counted = {}
+        for line in (BENCHMARKS.parent / "docs" / "codegen-cuda.md").read_text().splitlines():
+            name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if re.fullmatch(r"(bce|mse) (\w+), \2, \w+", name):
+                counted[name] = (float(cells[0]), float(cells[2]))
+            elif name in ("float", "bfloat16", "half"):
+                counted[f"score {name}"] = (float(cells[0]),) * 2
+        names = {"fp32": "float", "bf16": "bfloat16", "fp16": "half"}
+        wanted = {"": "both", "loss": "loss", "gradient": "grad"}
+        for kernel, found in model.KERNELS.items():
+            for dtype, instructions in found.instructions.items():
+                loss, _, what = kernel.partition(", ")
+                name = f"{loss} {names[dtype]}"
+                if loss != "score":
+                    name += f", {names[dtype]}, {wanted[what]}"
+                if loss != "scale_":
+                    assert instructions == counted[name], name
 
     @pytest.mark.parametrize("device", model.DEVICES)
     def test_nothing_is_faster_than_a_copy(self, device):
