@@ -10,8 +10,9 @@ TEST_ARGS ?=
 # mmdetection needs older numpy and setuptools than the rest: an environment of its own.
 VENV_MMDET := .venv-mmdet
 BIN_MMDET := $(VENV_MMDET)/bin
+VENV_FRAMEWORKS := .venv-frameworks
 
-.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet
+.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks
 
 install: $(VENV)/.installed
 
@@ -65,5 +66,18 @@ test-mmdet: install-mmdet
 demo-mmdet: install-mmdet
 	$(BIN_MMDET)/python -m examples.mmdet $(DEMO_ARGS)
 
+# torchvision, transformers and Ultralytics, with the torch that torchvision was built for; the package is the source
+# folder's, with the libraries that `make install` built against another torch.
+install-frameworks: install $(VENV_FRAMEWORKS)/.installed
+
+$(VENV_FRAMEWORKS)/.installed: constraints-frameworks.txt
+	test -x $(VENV_FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(VENV_FRAMEWORKS)
+	$(VENV_FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints-frameworks.txt torch torchvision \
+		transformers scipy ultralytics pytest pytest-xdist pytest-timeout hypothesis
+	touch $@
+
+test-frameworks: install-frameworks
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV_FRAMEWORKS)/bin/python -m pytest -n 2 --dist worksteal tests/frameworks $(TEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_MMDET) build dist frs_kernels/lib *.egg-info
+	rm -rf $(VENV) $(VENV_FRAMEWORKS) $(VENV_MMDET) build dist frs_kernels/lib *.egg-info

@@ -93,7 +93,7 @@ struct Columns {
   const std::vector<std::optional<Tensor>>& factor;
   const std::vector<double>&temperature, &beta;
   const std::vector<bool>& want_grad;
-  const bool want_loss;
+  const bool want_loss, joint;
 };
 
 // The arguments of an imitate and where its results go. Everything is checked before anything is allocated.
@@ -104,6 +104,7 @@ struct Imitation {
       : verb(verb),
         count(students.size()),
         want_loss(columns.want_loss),
+        joint(columns.joint),
         student(checked_levels(verb, "student", students)),
         teacher(checked_levels(verb, "teacher", teachers)),
         dtype(accumulated(accumulated(DType::f32, student), teacher)) {
@@ -161,13 +162,14 @@ struct Imitation {
             dtype_of(scores.scalar_type()),
             scores.const_data_ptr(),
             norm.const_data_ptr(),
+            joint ? level_count : 0,
             want_loss ? total.mutable_data_ptr() : nullptr,
             want_loss ? values.mutable_data_ptr() : nullptr};
   }
 
   const char* verb;
   size_t count;
-  bool want_loss;
+  bool want_loss, joint;
   Levels student, teacher;
   DType dtype;
   std::vector<Entry> entries;
@@ -248,8 +250,8 @@ std::tuple<Tensor, Tensor, Tensors> imitate_op(const Tensors& student, const Ten
                                                const std::vector<double>& weight,
                                                const std::vector<std::optional<Tensor>>& factor,
                                                const std::vector<double>& temperature, const std::vector<double>& beta,
-                                               const std::vector<bool>& want_grad, bool want_loss) {
-  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss};
+                                               const std::vector<bool>& want_grad, bool want_loss, bool joint) {
+  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss, joint};
   Imitation imitation("imitate", student, teacher, columns, nullptr);
   imitation.check_scores(scores, norm);
   const Given& like = imitation.student[0];
@@ -265,9 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> distill_op(
     const std::vector<int64_t>& term, const std::vector<double>& scale, const std::vector<double>& eps,
     const std::vector<std::string>& loss, const std::vector<double>& weight,
     const std::vector<std::optional<Tensor>>& factor, const std::vector<double>& temperature,
-    const std::vector<double>& beta, const std::vector<bool>& want_grad, bool want_loss) {
+    const std::vector<double>& beta, const std::vector<bool>& want_grad, bool want_loss, bool joint) {
   const Levels levels = checked_levels("distill", "logits", logits);
-  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss};
+  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss, joint};
   Imitation imitation("distill", student, teacher, columns, &levels);
   const Given& like = imitation.student[0];
   require_device({"distill", "logits", 0, levels[0]}, like);

@@ -2,6 +2,7 @@
 //
 //     score     S_p = max_k sigmoid(z_pk),  M_l = sum_p S_p
 //     imitate   value_e  = sum_p share_p sum_c value(x_pc, z_pc)   of an entry, share_p = scale S_p / (norm_l + eps)
+//                                                                  joint: norm_l is the sum of all levels' norms
 //               value_t  = the sum of its entries' values           of a term
 //               total    = sum_t weight_t factor_t value_t
 //               gradient = weight_t factor_t share_p slope(x_pc, z_pc)
@@ -66,6 +67,7 @@ struct Imitate {
   DType score_dtype;  // of scores and norm: f32 or f64
   const void* scores;
   const void* norm;  // one a level
+  int64_t joint;     // how many levels, where every entry's norm is the sum of theirs, else 0
   void* total;       // null where the losses are not wanted
   void* values;      // one a term, then one an entry
 };

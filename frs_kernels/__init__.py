@@ -1,6 +1,7 @@
 """Fused kernels for distilling object detectors with the Feature-Richness Score (Du et al., NeurIPS 2021)."""
 
 from frs_kernels import backends
+from frs_kernels.distill import Distiller, Tap, masks
 from frs_kernels.functional import FSRTerms, Richness, fsr_loss, masked_imitation_loss, richness_mask
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
@@ -8,13 +9,16 @@ from frs_kernels.version import __version__
 
 __all__ = [
     "PRESETS",
+    "Distiller",
     "FSRLoss",
     "FSRTerms",
     "FeatureAdapter",
     "Richness",
+    "Tap",
     "__version__",
     "backends",
     "fsr_loss",
     "masked_imitation_loss",
+    "masks",
     "richness_mask",
 ]

@@ -47,7 +47,7 @@ class Imitation(torch.autograd.Function):
         table, verbs = call.table, VERBS[call.backend]
         columns = (
             table.level, table.term, table.scale, table.eps, table.loss, call.weight, call.factor,
-            table.temperature, table.beta, [mode == "forward" for mode in call.modes], True,
+            table.temperature, table.beta, [mode == "forward" for mode in call.modes], True, table.joint,
         )  # fmt: skip
         scores, norm = call.scores, call.norm
         made: tuple[Tensor, ...] = ()
@@ -178,6 +178,7 @@ def _imitate_late(ctx: Any, saved: dict[str, Sequence[Any]], late: list[_Late], 
         [table.beta[term.term] for term in late],
         [True] * len(late),
         False,
+        table.joint,
     )
     for (_, e), grad in zip(rows, grads, strict=True):
         results[e] = grad

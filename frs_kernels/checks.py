@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NORMALIZERS = ("mass", "mass_channels")
+NORMALIZERS = ("mass", "mass_channels", "total_mass")
 GRAD_MODES = ("auto", "forward", "backward")
 
 ADAPT = "bring the student's to the teacher's with frs_kernels.FeatureAdapter"

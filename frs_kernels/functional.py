@@ -125,7 +125,8 @@ def fsr_loss(
         cls_loss: "bce", or "kl" for the Bernoulli KL(teacher || student): the same gradient, 0 where they agree.
         temperature: divides the logits inside `cls`, which is then multiplied by its square.
         beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2.
-        normalizer: "mass" divides a level by M_l, "mass_channels" by C * M_l.
+        normalizer: "mass" divides a level by M_l, as the paper does; "mass_channels" by C * M_l; "total_mass" by
+            sum_l M_l, so that a level on which the teacher sees little weighs little (docs/math.md).
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
         mask: a list of (N, H, W) floating-point tensors, used as S instead of the richness score.

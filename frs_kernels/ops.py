@@ -25,7 +25,7 @@ from frs_kernels.levels import accumulate_dtype, positions
 
 _TABLE = (
     "int[] level, int[] term, float[] scale, float[] eps, str[] loss, float[] weight, Tensor?[] factor,"
-    " float[] temperature, float[] beta, bool[] want_grad, bool want_loss"
+    " float[] temperature, float[] beta, bool[] want_grad, bool want_loss, bool joint=False"
 )
 SCHEMAS = (
     "score(Tensor[] logits) -> (Tensor scores, Tensor mass)",
@@ -76,6 +76,7 @@ def _imitate_fake(
     beta: Sequence[float],
     want_grad: Sequence[bool],
     want_loss: bool,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _require_one_device(student, teacher, (scores, norm))
     dtype = accumulate_dtype(*student, *teacher)

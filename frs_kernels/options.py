@@ -99,6 +99,7 @@ class Table(NamedTuple):
     loss: tuple[str, ...]
     temperature: tuple[float, ...]
     beta: tuple[float, ...]
+    joint: bool
     entries: tuple[range, ...]  # of each term
 
 
@@ -119,6 +120,7 @@ def make_table(options: Options, losses: tuple[str, ...], levels: int, channels:
         losses,
         (float(options.temperature),) * len(losses),
         (float(options.beta),) * len(losses),
+        options.normalizer == "total_mass",
         tuple(range(t * levels, (t + 1) * levels) for t in range(len(losses))),
     )
 

@@ -51,10 +51,11 @@ def imitate(
     beta: Sequence[float],
     want_grad: Sequence[bool],
     want_loss: bool,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The masked imitation losses of a table of entries, E rows of T terms, and their gradients.
 
-        share_p  = scale_e S_p / (norm_l + eps_e)           0 where norm_l + eps_e is 0
+        share_p  = scale_e S_p / (norm_l + eps_e)           0 where norm_l + eps_e is 0; with joint, norm_l = sum(norm)
         value_e  = sum_p share_p sum_c value(x_pc, z_pc)     value, slope: losses.py
         value_t  = sum of the values of the term's entries
         total    = sum_t weight_t factor_t value_t
@@ -72,6 +73,7 @@ def imitate(
             (None for 1), what divides logits inside the loss (which is then multiplied by its square), the beta of
             "smooth_l1", and whether its entries' gradients are wanted.
         want_loss: whether total and values are.
+        joint: whether every entry's norm is the sum of all levels'.
 
     Returns:
         total (); values (T + E,), the terms' and then the entries'; both empty without want_loss. The gradients that
@@ -80,6 +82,8 @@ def imitate(
     dtype = accumulate_dtype(*student, *teacher)
     slices = level_slices(student, level, scores.shape[0])
     require_entries(term, len(loss))
+    if joint:
+        norm = norm.sum().expand_as(norm)
     values: list[Tensor] = []
     grads: list[Tensor] = []
     for e, (x, z) in enumerate(zip(student, teacher, strict=True)):

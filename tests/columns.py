@@ -40,10 +40,10 @@ class Results(NamedTuple):
     grads: Levels
 
 
-def columns(entries: Sequence[Entry], terms: Sequence[Term], want_loss: bool = True) -> list[Any]:
+def columns(entries: Sequence[Entry], terms: Sequence[Term], want_loss: bool = True, joint: bool = False) -> list[Any]:
     """The table's columns, in the order of the schema."""
     of_entries = [[getattr(e, name) for e in entries] for name in ("level", "term", "scale", "eps")]
-    return [*of_entries, *([getattr(t, name) for t in terms] for name in Term._fields), want_loss]
+    return [*of_entries, *([getattr(t, name) for t in terms] for name in Term._fields), want_loss, joint]
 
 
 def arguments(

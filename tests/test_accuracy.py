@@ -57,6 +57,7 @@ def test_an_expanded_teacher(rng, backend, device, axis):
     [
         {"cls_loss": "kl"},
         {"temperature": 2.5},
+        {"normalizer": "total_mass", "level_weights": [0.5, 2]},
         {"temperature": 0.5, "cls_loss": "kl", "normalizer": "mass_channels", "eps": 0.3},
         {"feat_weight": 0.005, "cls_weight": 0.02, "level_weights": [0.5, 2]},
         {"feat_loss": "smooth_l1", "beta": 0.25, "cls_loss": "kl", "temperature": 3.0},

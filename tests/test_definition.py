@@ -18,6 +18,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 2.5},
     {"temperature": 0.5, "cls_loss": "kl"},
     {"normalizer": "mass_channels"},
+    {"normalizer": "total_mass"},
+    {"normalizer": "total_mass", "eps": 0.3, "level_weights": [0.5, 0.0, 2], "cls_loss": "kl"},
     {"eps": 0.3},
     {"normalizer": "mass_channels", "eps": 0.3, "level_weights": [0.5, 0.0, 2]},
     {"level_weights": [1, 0.25, 3.0]},

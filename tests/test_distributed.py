@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 OPTIONS = (
     {},
     {"normalizer": "mass_channels", "eps": 0.5, "feat_weight": 0.3},
+    {"normalizer": "total_mass"},
     {"feat_loss": "smooth_l1", "beta": 0.5, "cls_loss": "kl"},
 )
 

@@ -250,6 +250,25 @@ def test_zero_weights_and_eps(rng, backend, device, options):
 
 
 @each_backend
+@pytest.mark.parametrize("levels", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_joint_denominator(rng, backend, device, levels, dtype):
+    """total_mass: a level without mass adds 0, and with no mass at all so do all."""
+    p = pyramid(rng, sizes=((1, 2, 3),) * levels, dtype=dtype, device=device)
+    assert_right(p, backend, normalizer="total_mass")
+    p.z[0].fill_(-math.inf)
+    answer = assert_right(p, backend, normalizer="total_mass")
+    assert answer.feat_per_level[0] == 0
+    for z in p.z:
+        z.fill_(-math.inf)
+    answer = run(p, backend, normalizer="total_mass")
+    assert answer.loss == 0
+    assert not any(g.any() for g in answer.grads)
+    mask = [torch.rand(s[:, 0].shape, generator=rng).to(device, dtype) for s in p.s]
+    assert_right(Pyramid(p.s, p.t, None, None), backend, normalizer="total_mass", mask=mask)
+
+
+@each_backend
 def test_eps_keeps_a_level_without_mass_at_zero(rng, backend, device):
     p = pyramid(rng, sizes=TWO, device=device)
     p.z[1].fill_(-math.inf)

@@ -41,6 +41,7 @@ def away_from_kinks(p: Pyramid) -> Pyramid:
         {},
         {"cls_loss": "kl", "temperature": 2.0},
         {"normalizer": "mass_channels", "eps": 0.3, "level_weights": [0.5, 2.0], "feat_weight": 0.1},
+        {"normalizer": "total_mass", "eps": 0.2, "level_weights": [0.5, 2.0]},
         {"feat_loss": "l1"},
         {"feat_loss": "smooth_l1", "beta": 0.5},
         {"feat_loss": "smooth_l1", "beta": 20.0, "cls_loss": "kl"},

@@ -48,7 +48,7 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
         "beta": draw(st.sampled_from([0.0, 0.5, 3.0])),
         "cls_loss": draw(st.sampled_from(["bce", "kl"])),
         "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
-        "normalizer": draw(st.sampled_from(["mass", "mass_channels"])),
+        "normalizer": draw(st.sampled_from(["mass", "mass_channels", "total_mass"])),
         "eps": draw(st.sampled_from([0.0, 1e-9, 2.0])),
         "feat_weight": draw(st.sampled_from([0.0, 0.005, 1.0])),
         "cls_weight": draw(st.sampled_from([0.0, 0.05, 2.0])),

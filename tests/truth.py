@@ -81,13 +81,20 @@ def _answer(
     mask: Levels | None = None,
 ) -> Answer:
     levels = len(p.t or p.z or [])
+    given = p.t or p.z or []
+    if mask is None:
+        scores = [torch.sigmoid(z).amax(1) for z in p.z or []]
+    else:
+        scores = [m.to(v.dtype) for m, v in zip(mask, given, strict=True)]
     feats, classes, masks, masses = [], [], [], []
     for level in range(levels):
-        S = torch.sigmoid(p.z[level]).amax(1) if mask is None else mask[level].to((p.t or p.z)[level].dtype)
+        S = scores[level]
         w = 1.0 if level_weights is None else level_weights[level]
         M = S.sum()
 
         def normalised(value: Tensor, M: Tensor = M, S: Tensor = S, w: float = w) -> Tensor:
+            if normalizer == "total_mass":
+                M = sum(v.sum() for v in scores)
             norm = M * (value.shape[1] if normalizer == "mass_channels" else 1) + eps
             return (w * S.unsqueeze(1) * value / norm).sum() if norm != 0 else 0.0 * value.sum()
 

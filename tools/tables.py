@@ -96,7 +96,11 @@ def mmdet() -> list[str]:
 
 
 def devices() -> list[Path]:
-    return sorted(path.parent for path in (ROOT / "benchmarks" / "results").glob("*/loss.json"))
+    """The folders of results: GPUs first, then the newest."""
+    folders = [path.parent for path in (ROOT / "benchmarks" / "results").glob("*/loss.json")]
+    records = {folder: report.read(folder, "loss") for folder in folders}
+    folders.sort(key=lambda folder: records[folder]["date"], reverse=True)
+    return sorted(folders, key=lambda folder: records[folder]["kind"] != "cuda")
 
 
 def heading(record: dict[str, Any]) -> str:
@@ -176,9 +180,9 @@ def threads(record: dict[str, Any] | None) -> list[str]:
 
 
 def speed() -> list[str]:
-    """The main grid in a line a case: what `auto` takes against the rivals."""
+    """The main grid in a line a case: what `auto` takes against the rivals, on one device."""
     lines: list[str] = []
-    for folder in devices():
+    for folder in devices()[:1]:
         record = report.read(folder, "loss")
         body = []
         for measured in report.plain(record):

@@ -1,6 +1,6 @@
 // imitate: the masked imitation loss of a tile and its gradient by the student, in one pass.
 //
-//     share_p  = scale S_p / (norm_l + eps)                       0 where norm_l + eps is 0
+//     share_p  = scale S_p / (norm_l + eps)                       0 where norm_l + eps is 0; joint: norm_l = sum(norm)
 //     sum      = sum_p share_p sum_c value(x_pc, z_pc)            (value, slope: pointwise.h)
 //     gradient = upstream * share_p * slope(x_pc, z_pc)           upstream = weight * factor
 #include "isa.h"
@@ -79,17 +79,24 @@ inline void share_run(T* share, const S* scores, S norm, const Entry& entry, int
     share[i] = denominator == 0 ? T(0) : static_cast<T>(scores[i] / denominator) * scale;
 }
 
+template <class S>
+inline S norm_of(const Imitate& call, const Entry& entry) {
+  const S* norm = static_cast<const S*>(call.norm);
+  if (call.joint == 0) return norm[entry.level];
+  S sum = 0;
+  for (int64_t l = 0; l < call.joint; ++l) sum += norm[l];
+  return sum;
+}
+
 // The shares and coefficients of the positions [p0, p1) of a tile.
 template <class T>
 void weigh(const Imitate& call, const Tile& tile, int64_t p0, int64_t p1, T upstream, T* share, T* coefficient) {
   const Entry& entry = call.entries[tile.index];
   const int64_t first = entry.first + tile.n * entry.positions() + p0, size = p1 - p0;
   if (call.score_dtype == DType::f64)
-    share_run(share, static_cast<const double*>(call.scores) + first,
-              static_cast<const double*>(call.norm)[entry.level], entry, size);
+    share_run(share, static_cast<const double*>(call.scores) + first, norm_of<double>(call, entry), entry, size);
   else
-    share_run(share, static_cast<const float*>(call.scores) + first, static_cast<const float*>(call.norm)[entry.level],
-              entry, size);
+    share_run(share, static_cast<const float*>(call.scores) + first, norm_of<float>(call, entry), entry, size);
   for (int64_t i = 0; i < size; ++i) coefficient[i] = upstream * share[i];
 }
 

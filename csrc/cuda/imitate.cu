@@ -1,7 +1,7 @@
 // imitate: the masked imitation losses of a table of entries and their gradients by the student, in one pass.
 //
-//     share_p  = scale * S_p / (norm_l + eps)                      0 where the denominator is 0
-//     value_e  = sum_p share_p sum_c value(x_pc, z_pc)             of an entry (value, slope: pointwise.h)
+//     share_p  = scale * S_p / (norm_l + eps)                      0 where the denominator is 0; joint: norm_l =
+//     sum(norm) value_e  = sum_p share_p sum_c value(x_pc, z_pc)             of an entry (value, slope: pointwise.h)
 //     value_t  = the sum of its entries' values                    of a term
 //     total    = sum_t weight_t * factor_t * value_t
 //     gradient = weight_t * factor_t * share_p * slope(x_pc, z_pc)
@@ -296,7 +296,7 @@ void launch_imitate(const Imitate& call, const Workspace& workspace, void* strea
     if (call.total) blocks = std::max<int64_t>(blocks, 1);  // entries without any position still have a value, 0
     if (blocks == 0) continue;
     ImitateCall parameters{};
-    parameters.share = {call.scores, call.norm, call.score_dtype};
+    parameters.share = {call.scores, call.norm, call.score_dtype, static_cast<uint32_t>(call.joint)};
     parameters.total = call.total;
     parameters.values = call.values;
     parameters.workspace = workspace;

@@ -79,11 +79,20 @@ struct Share {
   const void* scores;
   const void* norm;
   DType dtype;
+  uint32_t joint;  // how many levels' norms are added up for every entry, or 0
 
+  template <class N>
+  __device__ __forceinline__ N norm_of(const ImitateRow& row) const {
+    const N* norms = static_cast<const N*>(norm);
+    if (joint == 0) return norms[row.level];
+    N sum = norms[0];
+    for (uint32_t l = 1; l < joint; ++l) sum += norms[l];
+    return sum;
+  }
   template <class N>
   __device__ __forceinline__ N of(const ImitateRow& row, int64_t at) const {
     const N score = static_cast<const N*>(scores)[at];  // on its way beside the norm
-    const N denominator = static_cast<const N*>(norm)[row.level] + static_cast<N>(row.eps);
+    const N denominator = norm_of<N>(row) + static_cast<N>(row.eps);
     const N share = score / denominator;
     return denominator == 0 ? 0 : share;
   }

@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--student-lr", type=float, default=1e-2)
     add("--feat-weight", type=float, default=0.003, help="weight of the feature term")
     add("--cls-weight", type=float, default=1.0, help="weight of the classification term")
+    add("--normalizer", choices=("mass", "total_mass"), default="mass", help="of fsr_loss")
     add("--ramp", type=int, default=200, help="iterations over which both weights rise from 0")
     add("--backend", default="auto", help="backend of fsr_loss and richness_mask")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto prefers cuda")
@@ -109,7 +110,9 @@ def teacher_schedule(options: argparse.Namespace) -> Schedule:
 def student_arms(options: argparse.Namespace) -> list[Arm]:
     """The students to train: alone and with both terms; with --ablation, five more arms."""
     short = schedule(options, options.student_iterations, options.student_lr)
-    both = Distillation(options.feat_weight, options.cls_weight, options.ramp, backend=options.backend)
+    both = Distillation(
+        options.feat_weight, options.cls_weight, options.ramp, backend=options.backend, normalizer=options.normalizer
+    )
     arms = [
         Arm("alone", "student alone", short, None),
         Arm("both", "student + fsr_loss", short, both),

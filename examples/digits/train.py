@@ -49,6 +49,7 @@ class Distillation:
     ramp: int
     all_ones: bool = False
     backend: str = "auto"
+    normalizer: str = "mass"
 
 
 @dataclass
@@ -150,6 +151,7 @@ def distillation_terms(
         cls_weight=ramp * how.cls_weight,
         mask=ones,
         backend=how.backend,
+        normalizer=how.normalizer,
         return_terms=True,
     )
 

@@ -33,6 +33,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, checks, fsr_loss, richness_mask
+from frs_kernels.distill import masks
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
 from frs_kernels.integrations.mmdet_pair import (
     PROBE_SIDE,
@@ -208,17 +209,16 @@ class FRSDistiller(BaseDetector):
     def _mask(self, t: Emitted, samples: list[Any]) -> list[Tensor] | None:
         """(N, H, W) a level; None for the richness itself, which `fsr_loss` makes."""
         if self.mask == "ones":
-            return [torch.ones_like(z[:, 0], dtype=torch.float32) for z in t.logits]
+            return masks.ones(t.logits)
         if self.mask == "boxes":
             boxes = [get_box_tensor(sample.gt_instances.bboxes) for sample in samples]
-            return [box_mask(boxes, z, stride) for z, stride in zip(t.logits, self.strides, strict=True)]
+            return masks.boxes(boxes, t.logits, self.strides)
         if self.mask == "richness" and not self.centerness:
             return None
-        with torch.no_grad():
-            scores = self._score(t).scores
-            if self.centerness:
-                scores = [s * t.outputs[2][i].sigmoid().amax(1) for s, i in zip(scores, self.levels, strict=True)]
-            return scores if self.threshold is None else [s * (s > self.threshold) for s in scores]
+        scores = self._score(t).scores
+        if self.centerness:
+            scores = masks.centerness(scores, [t.outputs[2][i] for i in self.levels])
+        return scores if self.threshold is None else masks.threshold(scores, self.threshold)
 
     def _pick(self, emitted: Emitted) -> Emitted:
         feats, logits, outputs = emitted
@@ -250,21 +250,6 @@ class FRSDistiller(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> Any:
         return self.student.extract_feat(batch_inputs)
-
-
-def box_mask(boxes: Sequence[Tensor], like: Tensor, stride: int) -> Tensor:
-    """1 where a cell of `like` (N, K, H, W) meets one of its image's boxes (G, 4) as x0, y0, x1, y1, else 0: (N, H, W).
-
-    Cell (h, w) covers the pixels [w * stride, (w + 1) * stride) by [h * stride, (h + 1) * stride).
-    """
-    masks = []
-    for corners in boxes:
-        x0, y0, x1, y1 = (corners.to(like.device, torch.float32) / stride).unbind(-1)
-        w, h = (torch.arange(n, device=like.device) for n in (like.shape[3], like.shape[2]))
-        columns = (w < x1[:, None]) & (w + 1 > x0[:, None])
-        rows = (h < y1[:, None]) & (h + 1 > y0[:, None])
-        masks.append((rows[:, :, None] & columns[:, None, :]).any(0))
-    return torch.stack(masks).float()
 
 
 @contextmanager

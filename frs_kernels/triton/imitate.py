@@ -1,6 +1,6 @@
 """imitate: the masked imitation losses of a table of entries and their gradients by the student, in one launch.
 
-    share_p  = scale_e S_p / (norm_l + eps_e)           0 where norm_l + eps_e is 0
+    share_p  = scale_e S_p / (norm_l + eps_e)           0 where norm_l + eps_e is 0; joint: norm_l = sum(norm)
     value_e  = sum_p share_p sum_c value(x_pc, z_pc)     (value, slope: pointwise.py)
     value_t  = sum of the values of the term's entries
     total    = sum_t weight_t factor_t value_t
@@ -57,9 +57,11 @@ class Terms(NamedTuple):
 
 
 @triton.jit
-def shares(scores_at, mask, norm_at, eps, scale, ACC: tl.constexpr):
+def shares(scores_at, mask, norm_at, eps, scale, NORMS: tl.constexpr, ACC: tl.constexpr):
     """scale S_p / (norm + eps) of a program's positions, 0 where there is no position and where the divisor is 0."""
     norm = tl.load(norm_at)
+    for i in tl.static_range(1, NORMS):
+        norm += tl.load(norm_at + i)
     denominator = norm + eps.to(norm.dtype)
     share = tl.where(denominator == 0, 0.0, tl.load(scores_at, mask=mask, other=0.0) / denominator)
     return share.to(ACC) * scale.to(ACC)
@@ -96,7 +98,7 @@ def imitate_tile(
     mask = inside(c, p, c_last - c_first, hw - p0, SEGMENT, ALIGNED)
     x = tl.load(x_ptr + x_start + x_at, mask=mask, other=0.0, eviction_policy="evict_first")
     z = tl.load(z_ptr + z_start + z_at, mask=mask, other=0.0, eviction_policy="evict_first")
-    share = shares(scores_at + p, p < hw - p0, norm_at, eps, scale, ACC)
+    share = shares(scores_at + p, p < hw - p0, norm_at, eps, scale, SEGMENT.norms, ACC)
     numbers = terms.numbers[SEGMENT.term]
     tau, inverse_tau = number_of(numbers[2], numbers[3]).to(ACC), number_of(numbers[4], numbers[5]).to(ACC)
     beta, inverse_beta = number_of(numbers[6], numbers[7]).to(ACC), number_of(numbers[8], numbers[9]).to(ACC)
@@ -144,7 +146,7 @@ def imitate_segment(
     c_first = tile % chunks * SEGMENT.chunk
     c_last = tl.minimum(c_first + SEGMENT.chunk, channels)
     scores_at = scores_ptr + size_of(pick(rows.first_positions, entry, SEGMENT)) + n.to(tl.int64) * hw + p0
-    norm_at = norm_ptr + size_of(pick(rows.levels, entry, SEGMENT))
+    norm_at = norm_ptr if SEGMENT.norms > 1 else norm_ptr + size_of(pick(rows.levels, entry, SEGMENT))
     scale = number_of(pick(rows.scales[0], entry, SEGMENT), pick(rows.scales[1], entry, SEGMENT))
     eps = number_of(pick(rows.eps[0], entry, SEGMENT), pick(rows.eps[1], entry, SEGMENT))
     if VECTOR > 1 and (hw if SEGMENT.layout == "nchw" else channels) % VECTOR == 0:
@@ -229,6 +231,7 @@ class Table(NamedTuple):
     temperature: Sequence[float]
     beta: Sequence[float]
     want_grad: Sequence[bool]
+    norms: int = 1  # as many levels are added up for every entry's norm
 
 
 def segments_of(
@@ -256,6 +259,7 @@ def segments_of(
                 len(order), len(order) + len(rows), layout, lv.vector_width(layout, tensors),
                 lv.wide_index(shapes, layout, block_c, block_p), block_c, block_p, chunk, double,
                 loss, loss not in ZERO_AT_ZERO, t, logits and table.temperature[t] != 1, table.want_grad[t],
+                table.norms,
             )
         )  # fmt: skip
         order += rows
@@ -284,13 +288,16 @@ def imitate(
     beta: Sequence[float],
     want_grad: Sequence[bool],
     want_loss: bool,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Launch `imitate_kernel`; arguments and results as in `frs_kernels.reference.imitate`.
 
     Raises:
         ValueError: before any launch, where the arguments do not fit each other.
     """
-    table = Table(level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad)
+    table = Table(
+        level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, norm.numel() if joint else 1
+    )
     first_positions = check_imitate(student, teacher, scores, norm, table)
     device, dtype = scores.device, accumulate_dtype(*student, *teacher)
     wanted = [want_grad[t] for t in term]

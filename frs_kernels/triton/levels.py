@@ -41,6 +41,7 @@ class Segment:
     term: int = 0
     tempered: bool = False
     want_grad: bool = False
+    norms: int = 1  # of as many levels an entry's norm is the sum
 
 
 class Sizes(NamedTuple):

@@ -11,7 +11,7 @@ from detectors import FRS, NAMES, batch, by_formula, distiller, gradients, recor
 from mmengine.logging import MessageHub
 
 from frs_kernels import PRESETS
-from frs_kernels.integrations.mmdet import box_mask
+from frs_kernels.distill import masks
 from frs_kernels.integrations.mmdet_pair import dense_head
 
 each_detector = pytest.mark.parametrize("name", NAMES)
@@ -156,8 +156,8 @@ def test_a_box_smaller_than_a_cell_is_seen_on_every_level():
     box = torch.tensor([[33.0, 17.0, 35.0, 20.0]])
     for stride in (8, 16, 32, 64, 128):
         like = torch.empty(1, 1, max(1, 96 // stride), 128 // stride)
-        assert box_mask([box], like, stride).sum() == 1
-    assert box_mask([box[:0]], like, 128).sum() == 0
+        assert masks.boxes([box], [like], [stride])[0].sum() == 1
+    assert masks.boxes([box[:0]], [like], [128])[0].sum() == 0
 
 
 def test_centerness_multiplies_the_richness_of_fcos(rng, teacher_file):

@@ -42,6 +42,7 @@ struct Call {
   std::vector<TermSpec> terms;
   bool want_loss = true, together = true;  // together: distill, else score and imitate apart
   bool f64_scores = false;                 // not those of the logits
+  bool joint = false;                      // one norm for all levels
   int no_mass = -1, nan_level = -1;
 };
 
@@ -200,6 +201,14 @@ int64_t launches_of(const Call& call) {
   return launches;
 }
 
+// In the dtype of the scores, by definition.
+double norm_of(const Call& call, const Numbers& norm, int64_t level, bool wide) {
+  if (!call.joint) return norm.get(level);
+  double sum = 0;
+  for (size_t l = 0; l < call.levels.size(); ++l) sum = wide ? sum + norm.get(l) : float(sum) + float(norm.get(l));
+  return sum;
+}
+
 // The gradients of an entry; its value, and that value's bound.
 std::pair<Real, Real> check_entry(const std::string& name, const Call& call, Data& d, size_t i, const Numbers& scores,
                                   const Numbers& norm, Real upstream) {
@@ -209,9 +218,8 @@ std::pair<Real, Real> check_entry(const std::string& name, const Call& call, Dat
   Real value = 0, scale = 0;
   for (int64_t n = 0; n < entry.n; ++n)
     for (int64_t p = 0; p < entry.positions(); ++p) {
-      const double S = scores.get(entry.first + n * entry.positions() + p), M = norm.get(entry.level);
-      // in the dtype of the scores, by definition
       const bool wide = d.score_dtype == DType::f64;
+      const double S = scores.get(entry.first + n * entry.positions() + p), M = norm_of(call, norm, entry.level, wide);
       const Real denominator = wide ? M + entry.eps : float(M) + float(entry.eps);
       const Real quotient = wide ? S / double(denominator) : float(S) / float(denominator);
       const Real share = denominator == 0 ? 0 : quotient * entry.scale;
@@ -248,6 +256,7 @@ void run(const std::string& name, const Call& call) {
                      d.score_dtype,
                      scores.data(),
                      norm.data(),
+                     call.joint ? levels : 0,
                      call.want_loss ? total.data() : nullptr,
                      call.want_loss ? values.data() : nullptr};
   host::launches = 0;

@@ -34,6 +34,7 @@ Call pyramid(int i, std::vector<Shape> levels, int64_t c, DType s, DType t, Layo
   call.terms = terms(i);
   call.want_loss = i % 5 != 3 || !(call.terms[0].want_grad || call.terms[1].want_grad);
   call.together = i % 3 > 0;
+  call.joint = i % 4 == 1;
   call.logits = t, call.logits_layout = tl;
   for (int term = 0; term < 2; ++term)
     for (int l = 0; l < static_cast<int>(levels.size()); ++l)
@@ -96,6 +97,7 @@ void mixed(int& i) {
                               one_pair ? student : DTYPES[pick(0, 3)], one_pair ? teacher : DTYPES[pick(0, 3)],
                               static_cast<Layout>(pick(0, LAYOUTS - 1)), static_cast<Layout>(pick(0, LAYOUTS - 1)),
                               pick(0, 3) ? std::fabs(normal(0, 1)) : 0, pick(0, 1) ? std::fabs(normal(0, 1)) : 0});
+    call.joint = pick(0, 2) == 0;
     run("mixed entries", call);
   }
 }
@@ -108,13 +110,19 @@ void edges(int& i) {
     Call call = pyramid(10 * i++, SMALL, 8, d, d, l, l);  // want_loss
     call.no_mass = 1;
     run("no mass", call);
+    call.joint = true;
+    run("no mass, joint", call);
+    call.joint = false;
     for (EntrySpec& e : call.entries) e.eps = 0.25, e.scale = 0.5;
     run("no mass but eps", call);
     call.no_mass = -1, call.nan_level = 1;
     run("NaN", call);
     call.nan_level = -1, call.no_mass = 0, call.f64_scores = true;
     run("fp64 scores", call);
-    run("19 levels", pyramid(10, std::vector<Shape>(19, {1, 8, 2, 4}), 8, d, d, l, l));
+    Call many = pyramid(10, std::vector<Shape>(19, {1, 8, 2, 4}), 8, d, d, l, l);
+    run("19 levels", many);
+    many.joint = true;
+    run("19 levels, joint", many);
   }
   // A term in two pairs of dtypes: its value and the total are sums over launches.
   Call call = pyramid(0, SMALL, 8, bf16, bf16, contiguous, contiguous);

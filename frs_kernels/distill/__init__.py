@@ -1,0 +1,10 @@
+"""Distilling any detector: what it emits (`Tap`), where to imitate (`masks`), student and teacher as one (`Distiller`).
+
+Plain PyTorch: no framework is imported.
+"""
+
+from frs_kernels.distill import masks
+from frs_kernels.distill.distiller import Distiller, Recipe
+from frs_kernels.distill.tap import Input, Mean, Output, Tap
+
+__all__ = ["Distiller", "Input", "Mean", "Output", "Recipe", "Tap", "masks"]

@@ -1,0 +1,312 @@
+"""`Distiller`: a student that is trained with its own losses and `fsr_loss`, in any training loop."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from frs_kernels import checks
+from frs_kernels.distill import masks
+from frs_kernels.distill.tap import Source, Tap
+from frs_kernels.functional import FSRTerms, fsr_loss
+from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.presets import PRESETS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from frs_kernels.options import Keywords
+
+RECIPES = ("torchvision", "ultralytics", "transformers")
+SCHEDULES = ("constant", "cosine")
+MASKS = ("richness", "ones")
+Mask = str | Callable[[list[Tensor]], list[Tensor]]
+
+
+def _alone(images: Tensor) -> Sequence[Any]:
+    return (images,)
+
+
+def _whole(model: nn.Module, images: Tensor) -> Any:
+    return model(images)
+
+
+class Recipe(NamedTuple):
+    """Where a detector emits what is distilled. `frs_kernels.distill.tap` says what a source is."""
+
+    feats: Source | None = None
+    logits: Source | None = None
+    images: Source | None = None
+    run: Callable[[nn.Module, Tensor], Any] = _whole
+    """Runs a model on images that are resized and normalised, at least as far as its taps."""
+    example: Callable[[Tensor], Sequence[Any]] = _alone
+    """Makes the arguments of a call of a batch of images."""
+
+
+class Distiller(nn.Module):
+    """A student and its frozen teacher. Calling it is calling the student: the same arguments, the same return.
+
+        distiller = Distiller(student, teacher, feats="neck", logits="head.cls", preset="gfl")
+        optimizer = SGD(distiller.parameters(), ...)            # the student's and the adapter's
+        losses = distiller(images, targets)                     # with loss_frs_feat and loss_frs_cls, if it is a dict
+        loss = sum(losses.values())                             # else:  loss = own_loss + distiller.loss()
+
+    In training mode each call runs the teacher on the images that the student saw, as far as needed, and adds
+
+        loss_frs_feat = ramp * feat_weight * feat,    loss_frs_cls = ramp * cls_weight * cls        (`fsr_loss`)
+
+    to what the student returns, if that is a dict of scalars; else `loss()` hands out their sum. In eval mode it is
+    the student alone. The teacher is outside the module tree: in no checkpoint, optimiser or DDP bucket. `train()`
+    leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model.
+
+    Args:
+        student, teacher: detectors. The teacher is frozen and put into eval mode.
+        feats, logits, images: where both emit the levels' features, the class logits and the images; feats or logits
+            may be left out. Without `images` the teacher is given the first argument of the call.
+        of_teacher: those of them that differ in the teacher, dict(feats=..., ...).
+        recipe: instead of the three "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
+            the student's and the teacher's.
+        preset: a name in `frs_kernels.PRESETS`; None for weights of 1. With a cls_weight of 0 the head is left out.
+        mask: "richness", "ones", or a function of the teacher's logits (a list of (N, K, H, W)) that gives (N, H, W)
+            a level; `frs_kernels.distill.masks` has some.
+        adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
+        warmup: calls in training mode over which both losses rise linearly from 0.
+        schedule: "constant", or "cosine": then both fall to 0 over `steps` calls.
+        example: the arguments of one call, for the first pass that measures levels and channels, in eval mode and
+            without gradient; by default one black image of 512x512. Adapters are made from it.
+        options: keywords of `fsr_loss` beside the preset's and over them.
+
+    Raises (when made):
+        ValueError: no such module; a module that emits nothing or no levels; levels, sizes or channels that do not fit;
+            a student without anything to train, or that is its own teacher; an unknown option.
+        TypeError: a wrong type of one.
+    Where the heads have other classes or anchors, a warning says so and features alone are distilled.
+    """
+
+    teacher: nn.Module
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        feats: Source | None = None,
+        logits: Source | None = None,
+        images: Source | None = None,
+        of_teacher: dict[str, Source] | None = None,
+        recipe: str | Recipe | tuple[Recipe, Recipe] | None = None,
+        preset: str | None = None,
+        mask: Mask = "richness",
+        adapter_kernel: int | None = 3,
+        warmup: int = 500,
+        schedule: str = "constant",
+        steps: int | None = None,
+        example: Sequence[Any] | None = None,
+        **options: Unpack[Keywords],
+    ) -> None:
+        super().__init__()
+        if student is teacher:
+            raise ValueError("student and teacher are the same module; it would learn from itself")
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ValueError("no parameter of the student requires a gradient; are student and teacher swapped?")
+        checks.check_number("warmup", warmup, positive=False)
+        checks.check_option("schedule", schedule, SCHEDULES)
+        if (schedule == "cosine") != (steps is not None):
+            raise ValueError(f"schedule={schedule!r} with steps={steps}: steps= goes with schedule='cosine' alone")
+        if steps is not None:
+            checks.check_number("steps", steps, positive=True)
+        if not callable(mask):
+            checks.check_option("mask", mask, MASKS)
+        if preset is not None:
+            checks.check_option("preset", preset, tuple(PRESETS))
+        self.options: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **options}
+        FSRLoss(**self.options)  # refuses an unknown option
+        if recipe is None:
+            mine = Recipe(feats, logits, images)
+            recipe = mine, Recipe(**{"feats": feats, "logits": logits, "images": images, **(of_teacher or {})})  # type: ignore[arg-type]
+        elif any(source is not None for source in (feats, logits, images, of_teacher)):
+            raise ValueError("recipe= says where the modules are; give feats, logits, images instead of it, not beside")
+        if isinstance(recipe, str):
+            checks.check_option("recipe", recipe, RECIPES)
+            # By name, since integrations stand on this module.
+            make = importlib.import_module(f"frs_kernels.integrations.{recipe}").recipe
+            recipe = make(student), make(teacher)
+        self.recipes = (recipe, recipe) if isinstance(recipe, Recipe) else recipe
+        self.student = student
+        # Past nn.Module.__setattr__, which would make it a submodule.
+        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
+        self.mask = mask
+        self.warmup = warmup
+        self.steps = steps
+        self.iteration = 0
+        self.terms: FSRTerms | None = None
+        self._losses: dict[str, Tensor] | None = None
+        self._measure(example, adapter_kernel)
+
+    def _measure(self, example: Sequence[Any] | None, adapter_kernel: int | None) -> None:
+        """The first pass: whether student and teacher fit, how far the teacher must run, the adapter."""
+        like = next(self.student.parameters())
+        black = torch.zeros(1, 3, 512, 512, device=like.device, dtype=like.dtype)
+        arguments = self.recipes[0].example(black) if example is None else example
+        training = self.student.training
+        s, t = self._tap(self.student, 0), self._tap(self.teacher, 1)
+        try:
+            with torch.no_grad(), s:
+                self.student.eval()(*arguments)
+        except Exception as error:
+            raise ValueError(
+                f"the student cannot be run on the example: {error}; give example=, the arguments of one call"
+            ) from error
+        finally:
+            self.student.train(training)
+        with torch.no_grad(), t:
+            self.recipes[1].run(self.teacher, self._images(s, arguments))
+        self._counts = s.counts, t.counts
+        self.has_feats = self.recipes[0].feats is not None
+        # A weight of 0 leaves the term out: it would cost a pass over the logits.
+        no_weight = not isinstance(self.options.get("cls_weight"), Tensor) and self.options.get("cls_weight", 1.0) == 0
+        self.has_logits = self.recipes[0].logits is not None and not no_weight
+        needs_logits = self.has_logits or self.mask == "richness" or callable(self.mask)
+        if needs_logits and self.recipes[1].logits is None:
+            raise ValueError("the richness is made of the teacher's class logits: name logits, or take mask='ones'")
+        self.adapter: FeatureAdapter | None = None
+        if self.has_feats:
+            of_student, of_teacher = s.feats, t.feats
+            _check_levels("feats", of_student, of_teacher)
+            ins, outs = [x.shape[1] for x in of_student], [x.shape[1] for x in of_teacher]
+            if adapter_kernel is not None:
+                self.adapter = FeatureAdapter(ins, outs, len(ins), adapter_kernel).to(like.device, like.dtype)
+            elif ins != outs:
+                raise ValueError(f"student has {ins} channels, teacher {outs}: set adapter_kernel=3")
+        if self.has_logits:
+            _check_levels("logits", s.logits, t.logits)
+            ins, outs = [z.shape[1] for z in s.logits], [z.shape[1] for z in t.logits]
+            if ins != outs:
+                message = f"student has {ins} class logits a level, teacher {outs}: other classes or anchors"
+                if not self.has_feats:
+                    raise ValueError(f"{message}, and no features to distil; name feats")
+                warnings.warn(f"{message}; features alone are distilled", stacklevel=3)
+                self.has_logits = False
+        level_weights = self.options.get("level_weights")
+        checks.check_level_weights(level_weights, len(s.feats if self.has_feats else s.logits))
+
+    def _tap(self, model: nn.Module, which: int, stop_at: Sequence[int] | None = None) -> Tap:
+        recipe = self.recipes[which]
+        images = recipe.images if which == 0 else None
+        return Tap(model, feats=recipe.feats, logits=recipe.logits, images=images, stop_at=stop_at)
+
+    def _images(self, tap: Tap, arguments: Sequence[Any]) -> Tensor:
+        if self.recipes[0].images is not None:
+            return tap.images
+        if not arguments or not isinstance(arguments[0], Tensor):
+            raise ValueError("the first argument is no tensor of images; name the module that is given them: images=")
+        return arguments[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the student returns; in training mode with the losses, or these kept for `loss()`.
+
+        Raises:
+            RuntimeError: the student is in eval mode while the distiller trains, or its modules were called another
+                number of times than in the first pass.
+        """
+        if not self.training:
+            return self.student(*args, **kwargs)
+        if not self.student.training:
+            raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
+        with self._tap(self.student, 0) as tap:
+            returned = self.student(*args, **kwargs)
+        if tap.counts != self._counts[0]:
+            raise RuntimeError(
+                f"the student's modules were called {tap.counts} times in this pass, {self._counts[0]} in the first: "
+                "its forward pass runs them once"
+            )
+        losses = self._distil(tap, self._images(tap, args))
+        self.iteration += 1
+        if type(returned) is dict and all(isinstance(v, Tensor) and v.dim() == 0 for v in returned.values()):
+            self._losses = None
+            return {**returned, **losses}
+        self._losses = losses
+        return returned
+
+    def loss(self) -> Tensor:
+        """loss_frs_feat + loss_frs_cls of the last call, where the student returned no dict of losses; once a call.
+
+        Raises:
+            RuntimeError: there is none: they are in the dict, were handed out, or there was no call in training mode.
+        """
+        if self._losses is None:
+            raise RuntimeError(
+                "no loss is kept: it is in the dict that the call returned, has been handed out already, or there was "
+                "no call in training mode"
+            )
+        losses, self._losses = self._losses, None
+        return sum(losses.values(), start=torch.zeros((), device=next(iter(losses.values())).device))
+
+    def ramp(self) -> float:
+        """The factor of both losses at this iteration."""
+        rise = min(self.iteration / self.warmup, 1.0) if self.warmup else 1.0
+        if self.steps is None:
+            return rise
+        return rise * 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.steps, 1.0)))
+
+    @torch.no_grad()
+    def observe(self, images: Tensor) -> Tap:
+        """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
+        with self._tap(self.teacher, 1, self._counts[1]) as tap:
+            self.recipes[1].run(self.teacher, images)
+        return tap
+
+    def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
+        t = self.observe(images)
+        z = t.logits if self.recipes[1].logits is not None else None
+        feats = None
+        if self.has_feats:
+            feats = s.feats if self.adapter is None else self.adapter(s.feats)
+        mask = None
+        if self.mask == "ones":
+            mask = masks.ones(t.feats if z is None else z)
+        elif not isinstance(self.mask, str):
+            assert z is not None
+            mask = self.mask(z)
+        ramp = self.ramp()
+        weights = {name: ramp * self.options.get(name, 1.0) for name in ("feat_weight", "cls_weight")}
+        terms = fsr_loss(
+            feats,
+            t.feats if self.has_feats else None,
+            s.logits if self.has_logits else None,
+            z,
+            mask=mask,
+            return_terms=True,
+            **{**self.options, **weights},
+        )
+        self.terms = terms._replace(loss=terms.loss.detach(), feat=terms.feat.detach(), cls=terms.cls.detach())
+        losses = {}
+        if self.has_feats:
+            losses["loss_frs_feat"] = weights["feat_weight"] * terms.feat
+        if self.has_logits:
+            losses["loss_frs_cls"] = weights["cls_weight"] * terms.cls
+        return losses
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        self.teacher._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"iteration": self.iteration}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.iteration = state["iteration"]
+
+
+def _check_levels(name: str, student: list[Tensor], teacher: list[Tensor]) -> None:
+    sizes = [[(x.shape[2], x.shape[3]) for x in levels] for levels in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{name}: student has levels of {sizes[0]}, teacher of {sizes[1]} (H, W); both must have the same strides"
+        )

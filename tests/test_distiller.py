@@ -1,0 +1,255 @@
+"""`Distiller`: the losses it adds, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toy_detectors import Detector, images
+
+from frs_kernels import PRESETS, FSRTerms, fsr_loss
+from frs_kernels.distill import Distiller, masks
+from frs_kernels.distill.distiller import Recipe
+
+EXAMPLE = (torch.zeros(1, 3, 64, 64),)
+
+
+def pair(**student: Any) -> tuple[Detector, Detector]:
+    torch.manual_seed(7)
+    return Detector(**student), Detector(channels=9)
+
+
+def distiller(student: nn.Module | None = None, teacher: nn.Module | None = None, **options: Any) -> Distiller:
+    s, t = pair()
+    arguments = {"feats": "neck", "logits": "head.cls", "warmup": 0, "example": EXAMPLE, **options}
+    return Distiller(student or s, teacher or t, **arguments)
+
+
+def by_hand(d: Distiller, x: torch.Tensor, **options: Any) -> FSRTerms:
+    s, t = d.student, d.teacher
+    feats = s.neck(x)
+    with torch.no_grad():
+        t_feats = t.neck(x)
+        z = [t.head.cls(v) for v in t_feats]
+    terms = fsr_loss(
+        d.adapter(feats) if d.adapter else feats, t_feats, [s.head.cls(v) for v in feats], z,
+        return_terms=True, **options,
+    )  # fmt: skip
+    assert isinstance(terms, FSRTerms)
+    return terms
+
+
+def test_a_dict_of_losses_gets_two_more():
+    d, x = distiller(preset="gfl"), images()
+    own = d.student(x)
+    losses = d(x)
+    terms = by_hand(d, x)
+    assert set(losses) == {"loss_cls", "loss_frs_feat", "loss_frs_cls"}
+    assert torch.equal(losses["loss_cls"], own["loss_cls"])
+    for name, value in (("feat", terms.feat), ("cls", terms.cls)):
+        expected = PRESETS["gfl"][f"{name}_weight"] * value
+        assert torch.allclose(losses[f"loss_frs_{name}"], expected, rtol=1e-6)
+    assert torch.equal(d.terms.mass, terms.mass)
+    with pytest.raises(RuntimeError, match="no loss is kept: it is in the dict"):
+        d.loss()
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for name, p in d.named_parameters() if "box" not in name)
+    assert all(p.grad is None for p in d.teacher.parameters())
+
+
+def test_another_return_is_left_alone_and_the_loss_is_handed_out_once():
+    student, teacher = pair(returns="logits")
+    d, x = distiller(student, teacher, cls_weight=0.5), images()
+    with pytest.raises(RuntimeError, match="there was no call in training mode"):
+        d.loss()
+    returned = d(x)
+    assert all(torch.equal(a, b) for a, b in zip(returned, student(x), strict=True))
+    loss, terms = d.loss(), by_hand(d, x)
+    assert torch.allclose(loss, terms.feat + 0.5 * terms.cls, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="has been handed out already"):
+        d.loss()
+
+
+def test_eval_mode_is_the_student_alone():
+    d, x = distiller(), images()
+    ran = []
+    d.teacher.register_forward_hook(lambda *_: ran.append(1))
+    d.eval()
+    assert all(torch.equal(a, b) for a, b in zip(d(x), d.student(x), strict=True))
+    assert not ran
+
+
+def test_the_teacher_is_no_part_of_the_tree():
+    d = distiller()
+    assert not any("teacher" in name for name, _ in [*d.named_parameters(), *d.named_modules(), *d.named_buffers()])
+    assert not any("teacher" in key for key in d.state_dict())
+    d.train()
+    assert not d.teacher.training
+    assert not any(p.requires_grad for p in d.teacher.parameters())
+    d.double()
+    assert next(d.teacher.parameters()).dtype == torch.float64
+    d(images().double())
+
+
+def test_the_students_state_is_the_plain_models():
+    d, (plain, _) = distiller(), pair()
+    plain.load_state_dict(d.student.state_dict())
+
+
+def test_the_head_alone_needs_no_adapter():
+    d, x = distiller(feats=None), images()
+    losses = d(x)
+    assert set(losses) == {"loss_cls", "loss_frs_cls"}
+    assert d.adapter is None
+    z = [d.teacher.head.cls(v).detach() for v in d.teacher.neck(x)]
+    right = fsr_loss(None, None, [d.student.head.cls(v) for v in d.student.neck(x)], z)
+    assert torch.allclose(losses["loss_frs_cls"], right, rtol=1e-6)
+
+
+def test_features_alone_take_the_richness_of_the_teacher():
+    d, x = distiller(logits=None, of_teacher={"logits": "head.cls"}), images()
+    losses = d(x)
+    assert set(losses) == {"loss_cls", "loss_frs_feat"}
+    assert torch.allclose(losses["loss_frs_feat"], by_hand(d, x).feat, rtol=1e-6)
+    d = distiller(logits=None, mask="ones")
+    ones = masks.ones(d.teacher.neck(x))
+    assert torch.allclose(d(x)["loss_frs_feat"], by_hand(d, x, mask=ones).feat, rtol=1e-6)
+
+
+def test_a_mask_of_the_teachers_logits():
+    def best(z: list[torch.Tensor]) -> list[torch.Tensor]:
+        return masks.top_k(masks.richness(z), 5)
+
+    d, x = distiller(mask=best), images()
+    with torch.no_grad():
+        mask = best([d.teacher.head.cls(v) for v in d.teacher.neck(x)])
+    losses, terms = d(x), by_hand(d, x, mask=mask)
+    assert torch.allclose(losses["loss_frs_feat"], terms.feat, rtol=1e-6)
+    assert torch.allclose(losses["loss_frs_cls"], terms.cls, rtol=1e-6)
+
+
+def test_warmup_and_schedule():
+    d, x = distiller(warmup=4, schedule="cosine", steps=10), images()
+    full = by_hand(d, x)
+    for i in range(12):
+        expected = min(i / 4, 1) * 0.5 * (1 + math.cos(math.pi * min(i / 10, 1)))
+        assert d.ramp() == pytest.approx(expected)
+        assert d(x)["loss_frs_feat"].item() == pytest.approx(expected * full.feat.item(), rel=1e-5, abs=1e-12)
+    resumed = distiller(warmup=4)
+    resumed.load_state_dict(d.state_dict())
+    assert resumed.iteration == 12
+
+
+def test_the_teacher_stops_once_it_has_been_seen():
+    d, x = distiller(), images()
+    ran = []
+    d.teacher.head.register_forward_hook(lambda *_: ran.append(1))
+    d(x)
+    assert not ran
+
+
+class Resizing(nn.Module):
+    """A model that draws its images' size and normalises inside, as torchvision's do."""
+
+    def __init__(self, inner: Detector) -> None:
+        super().__init__()
+        self.inner = inner
+        self.side = 64
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner((nn.functional.interpolate(x, (self.side, self.side)) - 0.5) / 0.2)
+
+
+def test_the_teacher_sees_the_images_that_the_student_saw():
+    s, t = map(Resizing, pair())
+    recipe = Recipe("inner.neck", "inner.head.cls", "inner.neck", lambda model, x: model.inner(x))
+    d = distiller(s, t, feats=None, logits=None, recipe=recipe)
+    s.side = 96  # the teacher keeps 64
+    losses = d(images(side=50))
+    inside = (nn.functional.interpolate(images(side=50), (96, 96)) - 0.5) / 0.2
+    with torch.no_grad():
+        feats = t.inner.neck(inside)
+    right = fsr_loss(d.adapter(s.inner.neck(inside)), feats, None, [t.inner.head.cls(v) for v in feats])
+    assert torch.allclose(losses["loss_frs_feat"], right, rtol=1e-6)
+
+
+def test_other_classes_mean_features_alone_said_once():
+    with pytest.warns(UserWarning, match="student has .* class logits a level, teacher .*; features alone"):
+        d = distiller(Detector(classes=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = d(images())
+    assert set(losses) == {"loss_cls", "loss_frs_feat"}
+    with pytest.raises(ValueError, match="other classes or anchors, and no features to distil"):
+        distiller(Detector(classes=3), feats=None)
+
+
+def test_accumulation_and_autocast():
+    d = distiller()
+    optimizer = torch.optim.SGD(d.parameters(), 1e-3)
+    for seed in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = d(images(seed))
+        sum(losses.values()).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in d.parameters())
+
+
+def test_a_copy_trains_on_its_own():
+    d, x = distiller(), images()
+    other = copy.deepcopy(d)
+    sum(other(x).values()).backward()
+    assert all(p.grad is None for p in d.parameters())
+    assert torch.equal(other(x)["loss_frs_feat"], d(x)["loss_frs_feat"])
+
+
+class Branching(Detector):
+    def forward(self, x: torch.Tensor, targets: Any = None) -> Any:
+        if self.training:
+            self.head(self.neck(x))
+        return super().forward(x, targets)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s, t: distiller(s, s), "the same module; it would learn from itself"),
+        (lambda s, t: distiller(s.requires_grad_(False), t), "swapped"),
+        (lambda s, t: distiller(s, t, feats="neck.fpn"), "feats: Detector has no module 'neck.fpn'"),
+        (lambda s, t: distiller(s, t, logits="head.box"), "'head.box' emitted nothing"),
+        (lambda s, t: distiller(s, t, adapter_kernel=None), r"student has \[6, 6, 6\] channels, teacher \[9, 9, 9\]"),
+        (lambda s, t: distiller(s, t, logits=None), "name logits, or take mask='ones'"),
+        (lambda s, t: distiller(s, t, schedule="cosine"), "steps= goes with schedule='cosine' alone"),
+        (lambda s, t: distiller(s, t, steps=5), "steps= goes with schedule='cosine' alone"),
+        (lambda s, t: distiller(s, t, mask="box"), "mask='box' is unknown"),
+        (lambda s, t: distiller(s, t, preset="yolo"), "preset='yolo' is unknown"),
+        (lambda s, t: distiller(s, t, cls_loss="ce"), "cls_loss='ce' is unknown"),
+        (lambda s, t: distiller(s, t, recipe=Recipe("neck")), "not beside"),
+        (lambda s, t: Distiller(s, t, recipe="detectron2"), "recipe='detectron2' is unknown"),
+        (lambda s, t: Distiller(s, t, recipe="torchvision"), "Detector is no RetinaNet, FCOS or Faster R-CNN"),
+        (lambda s, t: Distiller(s, t, recipe="ultralytics"), "Detector is no detection model of Ultralytics"),
+        (lambda s, t: Distiller(s, t, recipe="transformers"), "Detector is no RT-DETR or D-FINE"),
+        (lambda s, t: distiller(s, t, level_weights=[1.0]), "level_weights has 1 entries, there are 3 levels"),
+        (lambda s, t: distiller(s, t, of_teacher={"feats": ["neck.convs.0", "neck.convs.1"]}), "the same strides"),
+        (lambda s, t: distiller(s, t, example=[[EXAMPLE[0]]]), "cannot be run on the example"),
+        (lambda s, t: Distiller(s, t), "nothing to collect"),
+    ],
+)  # fmt: skip
+def test_refused_when_made(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make(*pair())
+
+
+def test_refused_when_called():
+    d = distiller()
+    d.student.eval()
+    with pytest.raises(RuntimeError, match="the student is in eval mode, the distiller trains"):
+        d(images())
+    d = distiller(Branching())
+    with pytest.raises(RuntimeError, match=r"were called \[2, 6\] times in this pass, \[1, 3\] in the first"):
+        d(images())
