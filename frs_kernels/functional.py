@@ -306,6 +306,7 @@ def _imitate_pairs(
     elif process_group is not None and teacher_logits is not None:
         with torch.no_grad():
             scores, norm = VERBS[backend].score(teacher_logits)
+    if process_group is not None and norm is not None:
         norm = _average(norm, process_group)
     logits = teacher_logits if scores is None and teacher_logits is not None else ()
     table = _table_of(pairs, options)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 import warnings
+import weakref
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -208,6 +212,119 @@ def test_a_copy_trains_on_its_own():
     assert torch.equal(other(x)["loss_frs_feat"], d(x)["loss_frs_feat"])
 
 
+def test_nothing_is_kept_from_step_to_step():
+    """With the collector of cycles off: what a step has seen is freed by counting."""
+    d = distiller(*pair(returns="logits"))
+    seen = []
+    for model in (d.student, d.teacher):
+        model.neck.convs[0].register_forward_hook(lambda module, given, out: seen.append(weakref.ref(out)))
+    gc.disable()
+    try:
+        for seed in range(3):
+            d(images(seed))
+            d.loss().backward()
+        assert [r() is None for r in seen] == [True] * 6
+    finally:
+        gc.enable()
+
+
+def test_a_loss_is_of_the_last_call_or_none():
+    d, x = distiller(*pair(returns="logits")), images()
+    d(x)
+    with pytest.warns(UserWarning, match="the losses of the last call were never taken"):
+        d.eval()(x)
+    with pytest.raises(RuntimeError, match="no loss is kept"):
+        d.loss()
+    d.train()(x)
+    for other in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        with pytest.raises(RuntimeError, match="no loss is kept"):
+            other.loss()
+
+
+def test_a_teacher_set_later_is_frozen_and_no_submodule():
+    d = distiller()
+    d.teacher = Detector(channels=9)
+    d.train()
+    assert not d.teacher.training
+    assert not any("teacher" in name for name, _ in d.named_parameters())
+    d.teacher.train()
+    d(images())
+    assert not d.teacher.training
+
+
+def test_the_modes_of_the_students_modules_stay():
+    s, t = pair()
+    s.head.eval()
+    distiller(s, t)
+    assert s.training
+    assert not s.head.training
+
+
+def test_a_weight_that_is_a_tensor_follows_and_is_not_trained():
+    weight = torch.tensor(0.5, requires_grad=True)
+    d = distiller(feat_weight=weight).double()
+    d(images().double())["loss_frs_feat"].backward()
+    assert weight.grad is None
+    assert d.criterion.feat_weight.dtype == torch.float64
+
+
+class Returning(Detector):
+    """Returns what `wrap` makes of its losses."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: torch.Tensor, targets: Any = None) -> Any:
+        returned = super().forward(x, targets)
+        return self.wrap(returned) if self.training else returned
+
+
+def test_what_counts_as_a_dict_of_losses():
+    d = distiller(Returning(OrderedDict))
+    assert list(d(images())) == ["loss_cls", "loss_frs_feat", "loss_frs_cls"]
+    for wrap in (lambda losses: {**losses, "boxes": 3}, lambda losses: {"loss": losses["loss_cls"].view(1)}):
+        d = distiller(Returning(wrap))
+        assert not any("frs" in name for name in d(images()))
+        d.loss()
+    d = distiller(Returning(lambda losses: {**losses, "loss_frs_feat": losses["loss_cls"]}))
+    with pytest.raises(RuntimeError, match=r"the student returns \['loss_frs_feat'\] itself"):
+        d(images())
+
+
+def test_features_without_a_gradient_are_said():
+    s, t = pair()
+    s.neck.requires_grad_(False)
+    d = distiller(s, t)
+    with pytest.warns(UserWarning, match="the student's features carry no gradient"):
+        d(images())
+
+
+class InPlace(Detector):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: torch.Tensor, targets: Any = None) -> Any:
+        if self.where == "images":
+            x.sub_(0.5)
+        feats = self.neck(x)
+        if self.where == "feats":
+            feats[1].mul_(2)
+        if self.where == "list":
+            feats[1] = torch.zeros_like(feats[1])
+        logits = self.head(feats)
+        return {"loss_cls": logits[0].mean()} if self.training else logits
+
+
+def test_changes_in_place_are_seen():
+    assert distiller(InPlace("list"))(images())["loss_frs_feat"] > 0
+    with pytest.raises(RuntimeError, match="the student changed its images in place; name the module"):
+        distiller(InPlace("images"))(images())
+    with pytest.raises(ValueError, match="feats: what 'neck' emitted was changed in place afterwards"):
+        distiller(InPlace("feats"))
+
+
 class Branching(Detector):
     def forward(self, x: torch.Tensor, targets: Any = None) -> Any:
         if self.training:
@@ -238,6 +355,13 @@ class Branching(Detector):
         (lambda s, t: distiller(s, t, of_teacher={"feats": ["neck.convs.0", "neck.convs.1"]}), "the same strides"),
         (lambda s, t: distiller(s, t, example=[[EXAMPLE[0]]]), "cannot be run on the example"),
         (lambda s, t: Distiller(s, t), "nothing to collect"),
+        (lambda s, t: distiller(nn.DataParallel(s), t), "wrap the distiller"),
+        (lambda s, t: (setattr(t, "neck", s.neck), distiller(s, t)), "share parameters"),
+        (lambda s, t: distiller(s, t, return_terms=True), "return_terms is the distiller's own"),
+        (lambda s, t: distiller(s, t, of_teacher={"images": "neck"}), r"of_teacher has \['images'\]"),
+        (lambda s, t: distiller(s, t, feats=None, cls_weight=0), "nothing to distil: cls_weight is 0"),
+        (lambda s, t: distiller(s, t.half()), "the teacher cannot be run on the images"),
+        (lambda s, t: distiller(s, t, mask=lambda z: None)(images()), "mask= returned None"),
     ],
 )  # fmt: skip
 def test_refused_when_made(make, message):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from toy_detectors import Detector
 from truth import Pyramid
 
-from frs_kernels import FSRLoss, fsr_loss
+from frs_kernels import Distiller, FSRLoss, fsr_loss, masked_imitation_loss
 
 RANKS = 2
 
@@ -71,3 +72,24 @@ def ddp_gradients(rank: int, images: Tensor, t: list[Tensor], z: list[Tensor], b
     assert isinstance(loss, Tensor)
     loss.backward()
     return [v.grad.clone() for v in model.parameters() if v.grad is not None]
+
+
+def masked_losses(rank: int, p: Pyramid, mask: list[Tensor]) -> float:
+    mine, teachers = (half(rank, levels) for levels in (p.s or [], p.t or []))
+    group = dist.group.WORLD
+    return masked_imitation_loss(mine, teachers, half(rank, mask), process_group=group, backend="torch").item()
+
+
+def distiller_gradients(rank: int, images: Tensor, returns: str) -> list[Tensor]:
+    """A step of DistributedDataParallel around a Distiller, the losses in its dict or apart."""
+    torch.manual_seed(0)
+    distiller = Distiller(
+        Detector(returns=returns), Detector(channels=9), feats="neck", logits="head.cls", warmup=0,
+        normalizer="total_mass", process_group=dist.group.WORLD, example=(images[:1],),
+    )  # fmt: skip
+    distiller.student.head.box.requires_grad_(False)
+    ddp = nn.parallel.DistributedDataParallel(distiller)
+    returned = ddp(images.chunk(RANKS)[rank])
+    loss = sum(returned[name] for name in returned if "frs" in name) if returns == "losses" else distiller.loss()
+    loss.backward()
+    return [p.grad.clone() for p in distiller.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import warnings
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
-from frs_kernels.distill.tap import Source, Tap
+from frs_kernels.distill.tap import COMPILED, Source, Tap
 from frs_kernels.functional import FSRTerms, fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
@@ -47,6 +48,8 @@ class Recipe(NamedTuple):
     """Runs a model on images that are resized and normalised, at least as far as its taps."""
     example: Callable[[Tensor], Sequence[Any]] = _alone
     """Makes the arguments of a call of a batch of images."""
+    normalisation: Any = None
+    """What the images are normalised by inside the model: student and teacher must agree."""
 
 
 class Distiller(nn.Module):
@@ -63,13 +66,14 @@ class Distiller(nn.Module):
 
     to what the student returns, if that is a dict of scalars; else `loss()` hands out their sum. In eval mode it is
     the student alone. The teacher is outside the module tree: in no checkpoint, optimiser or DDP bucket. `train()`
-    leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model.
+    leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model. DDP wraps
+    the distiller, not the student; torch.compile takes the student or its parts, not the distiller.
 
     Args:
         student, teacher: detectors. The teacher is frozen and put into eval mode.
         feats, logits, images: where both emit the levels' features, the class logits and the images; feats or logits
             may be left out. Without `images` the teacher is given the first argument of the call.
-        of_teacher: those of them that differ in the teacher, dict(feats=..., ...).
+        of_teacher: those that differ in the teacher, dict(feats=..., logits=...).
         recipe: instead of the three "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
             the student's and the teacher's.
         preset: a name in `frs_kernels.PRESETS`; None for weights of 1. With a cls_weight of 0 the head is left out.
@@ -85,7 +89,7 @@ class Distiller(nn.Module):
     Raises (when made):
         ValueError: no such module; a module that emits nothing or no levels; levels, sizes or channels that do not fit;
             a student without anything to train, or that is its own teacher; an unknown option.
-        TypeError: a wrong type of one.
+        TypeError: a wrong type of one, or an option that the distiller sets itself.
     Where the heads have other classes or anchors, a warning says so and features alone are distilled.
     """
 
@@ -113,8 +117,18 @@ class Distiller(nn.Module):
         super().__init__()
         if student is teacher:
             raise ValueError("student and teacher are the same module; it would learn from itself")
+        if set(student.parameters()) & set(teacher.parameters()):
+            raise ValueError("student and teacher share parameters, which would be frozen; give the teacher a copy")
+        if isinstance(student, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                "the student is wrapped for data parallel training already, and the adapter would be left out; wrap "
+                "the distiller: DistributedDataParallel(Distiller(student, ...))"
+            )
         if not any(p.requires_grad for p in student.parameters()):
-            raise ValueError("no parameter of the student requires a gradient; are student and teacher swapped?")
+            raise ValueError(
+                "no parameter of the student requires a gradient: are student and teacher swapped, or was it loaded "
+                "for inference? Then call student.requires_grad_(True)"
+            )
         checks.check_number("warmup", warmup, positive=False)
         checks.check_option("schedule", schedule, SCHEDULES)
         if (schedule == "cosine") != (steps is not None):
@@ -125,11 +139,15 @@ class Distiller(nn.Module):
             checks.check_option("mask", mask, MASKS)
         if preset is not None:
             checks.check_option("preset", preset, tuple(PRESETS))
-        self.options: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **options}
-        FSRLoss(**self.options)  # refuses an unknown option
+        if "return_terms" in options:
+            raise TypeError("return_terms is the distiller's own; the last call's terms are in distiller.terms")
+        merged: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **options}
+        self.criterion = FSRLoss(**merged)
         if recipe is None:
-            mine = Recipe(feats, logits, images)
-            recipe = mine, Recipe(**{"feats": feats, "logits": logits, "images": images, **(of_teacher or {})})  # type: ignore[arg-type]
+            if unknown := set(of_teacher or {}) - {"feats", "logits"}:
+                raise ValueError(f"of_teacher has {sorted(unknown)}; it takes 'feats' and 'logits'")
+            other = {"feats": feats, "logits": logits, **(of_teacher or {})}
+            recipe = Recipe(feats, logits, images), Recipe(other["feats"], other["logits"])
         elif any(source is not None for source in (feats, logits, images, of_teacher)):
             raise ValueError("recipe= says where the modules are; give feats, logits, images instead of it, not beside")
         if isinstance(recipe, str):
@@ -138,15 +156,21 @@ class Distiller(nn.Module):
             make = importlib.import_module(f"frs_kernels.integrations.{recipe}").recipe
             recipe = make(student), make(teacher)
         self.recipes = (recipe, recipe) if isinstance(recipe, Recipe) else recipe
+        norms = [found.normalisation for found in self.recipes]
+        if norms[0] != norms[1]:
+            raise ValueError(
+                f"student and teacher see the same images, but normalise otherwise: student {norms[0]}, teacher "
+                f"{norms[1]}; take a teacher that was trained with the student's"
+            )
         self.student = student
-        # Past nn.Module.__setattr__, which would make it a submodule.
-        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
+        self.teacher = teacher
         self.mask = mask
         self.warmup = warmup
         self.steps = steps
         self.iteration = 0
         self.terms: FSRTerms | None = None
         self._losses: dict[str, Tensor] | None = None
+        self._warned: set[str] = set()
         self._measure(example, adapter_kernel)
 
     def _measure(self, example: Sequence[Any] | None, adapter_kernel: int | None) -> None:
@@ -154,7 +178,9 @@ class Distiller(nn.Module):
         like = next(self.student.parameters())
         black = torch.zeros(1, 3, 512, 512, device=like.device, dtype=like.dtype)
         arguments = self.recipes[0].example(black) if example is None else example
-        training = self.student.training
+        if isinstance(arguments, Tensor):
+            arguments = (arguments,)
+        modes = {module: module.training for module in self.student.modules()}
         s, t = self._tap(self.student, 0), self._tap(self.teacher, 1)
         try:
             with torch.no_grad(), s:
@@ -164,13 +190,21 @@ class Distiller(nn.Module):
                 f"the student cannot be run on the example: {error}; give example=, the arguments of one call"
             ) from error
         finally:
-            self.student.train(training)
-        with torch.no_grad(), t:
-            self.recipes[1].run(self.teacher, self._images(s, arguments))
+            for module, training in modes.items():
+                module.training = training
+        images = self._images(s, arguments)
+        try:
+            with torch.no_grad(), t:
+                self.recipes[1].run(self.teacher, images)
+        except Exception as error:
+            raise ValueError(
+                f"the teacher cannot be run on the images {tuple(images.shape)}, {images.dtype}: {error}; a recipe's "
+                "run= says how"
+            ) from error
         self._counts = s.counts, t.counts
         self.has_feats = self.recipes[0].feats is not None
         # A weight of 0 leaves the term out: it would cost a pass over the logits.
-        no_weight = not isinstance(self.options.get("cls_weight"), Tensor) and self.options.get("cls_weight", 1.0) == 0
+        no_weight = not isinstance(self.criterion.cls_weight, Tensor) and self.criterion.cls_weight == 0
         self.has_logits = self.recipes[0].logits is not None and not no_weight
         needs_logits = self.has_logits or self.mask == "richness" or callable(self.mask)
         if needs_logits and self.recipes[1].logits is None:
@@ -193,8 +227,9 @@ class Distiller(nn.Module):
                     raise ValueError(f"{message}, and no features to distil; name feats")
                 warnings.warn(f"{message}; features alone are distilled", stacklevel=3)
                 self.has_logits = False
-        level_weights = self.options.get("level_weights")
-        checks.check_level_weights(level_weights, len(s.feats if self.has_feats else s.logits))
+        if not self.has_feats and not self.has_logits:
+            raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
+        checks.check_level_weights(self.criterion.options.level_weights, len(s.feats if self.has_feats else s.logits))
 
     def _tap(self, model: nn.Module, which: int, stop_at: Sequence[int] | None = None) -> Tap:
         recipe = self.recipes[which]
@@ -215,24 +250,39 @@ class Distiller(nn.Module):
             RuntimeError: the student is in eval mode while the distiller trains, or its modules were called another
                 number of times than in the first pass.
         """
+        if self._losses is not None:
+            self._warn("the losses of the last call were never taken: add distiller.loss() to the student's own")
+            self._losses = None
         if not self.training:
             return self.student(*args, **kwargs)
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
+        version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
         with self._tap(self.student, 0) as tap:
             returned = self.student(*args, **kwargs)
         if tap.counts != self._counts[0]:
             raise RuntimeError(
                 f"the student's modules were called {tap.counts} times in this pass, {self._counts[0]} in the first: "
-                "its forward pass runs them once"
+                "its forward pass runs them once; or they were compiled and ran before without hooks, which they then "
+                f"do not see ({COMPILED})"
             )
+        if self.recipes[0].images is None and version is not None and args[0]._version != version:
+            raise RuntimeError("the student changed its images in place; name the module that is given them: images=")
         losses = self._distil(tap, self._images(tap, args))
-        self.iteration += 1
-        if type(returned) is dict and all(isinstance(v, Tensor) and v.dim() == 0 for v in returned.values()):
-            self._losses = None
-            return {**returned, **losses}
-        self._losses = losses
+        self.iteration += torch.is_grad_enabled()
+        if isinstance(returned, dict) and returned and all(map(_is_scalar, returned.values())):
+            if taken := losses.keys() & returned.keys():
+                raise RuntimeError(f"the student returns {sorted(taken)} itself: is it a distiller's student already?")
+            returned = copy.copy(returned)
+            returned.update(losses)
+        else:
+            self._losses = losses
         return returned
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def loss(self) -> Tensor:
         """loss_frs_feat + loss_frs_cls of the last call, where the student returned no dict of losses; once a call.
@@ -258,6 +308,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def observe(self, images: Tensor) -> Tap:
         """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
+        self.teacher.eval()
         with self._tap(self.teacher, 1, self._counts[1]) as tap:
             self.recipes[1].run(self.teacher, images)
         return tap
@@ -265,25 +316,35 @@ class Distiller(nn.Module):
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
         t = self.observe(images)
         z = t.logits if self.recipes[1].logits is not None else None
-        feats = None
-        if self.has_feats:
-            feats = s.feats if self.adapter is None else self.adapter(s.feats)
+        of_student = s.feats if self.has_feats else None
+        logits = s.logits if self.has_logits else None
+        for name, levels in (("features", of_student), ("class logits", logits)):
+            if levels is not None and torch.is_grad_enabled() and not any(x.requires_grad for x in levels):
+                self._warn(
+                    f"the student's {name} carry no gradient, so that it learns nothing from them: they are frozen, "
+                    "under no_grad, or inside checkpoint(use_reentrant=True)"
+                )
+        feats = of_student if of_student is None or self.adapter is None else self.adapter(of_student)
         mask = None
         if self.mask == "ones":
             mask = masks.ones(t.feats if z is None else z)
         elif not isinstance(self.mask, str):
             assert z is not None
             mask = self.mask(z)
+            if mask is None:
+                raise TypeError("mask= returned None; it gives a list of (N, H, W), one a level")
         ramp = self.ramp()
-        weights = {name: ramp * self.options.get(name, 1.0) for name in ("feat_weight", "cls_weight")}
+        weights = {name: ramp * getattr(self.criterion, name) for name in ("feat_weight", "cls_weight")}
         terms = fsr_loss(
             feats,
             t.feats if self.has_feats else None,
-            s.logits if self.has_logits else None,
+            logits,
             z,
             mask=mask,
+            process_group=self.criterion.process_group,
             return_terms=True,
-            **{**self.options, **weights},
+            **weights,
+            **self.criterion.options._asdict(),
         )
         self.terms = terms._replace(loss=terms.loss.detach(), feat=terms.feat.detach(), cls=terms.cls.detach())
         losses = {}
@@ -297,11 +358,25 @@ class Distiller(nn.Module):
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"iteration": self.iteration}
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # past nn.Module's, which would make it a submodule
+            self.__dict__[name] = value.eval().requires_grad_(False)
+        else:
+            super().__setattr__(name, value)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.iteration = state["iteration"]
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no loss to hand out: tensors of a graph can be neither copied nor pickled."""
+        return {**self.__dict__, "_losses": None}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.iteration)  # a tensor, as averages over state dicts expect
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.iteration = int(state)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _check_levels(name: str, student: list[Tensor], teacher: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,6 +38,8 @@ class Mean:
     def __init__(self, *sources: Source) -> None:
         object.__setattr__(self, "sources", sources)
 
+
+COMPILED = "torch.compiler.reset(), or compile after the first pass"
 
 Source = str | Output | Input | Mean | Sequence[Any]
 
@@ -85,15 +88,16 @@ class Tap:
         for name, source in self._sources.items():
             for leaf in _leaves(source):
                 self._recorders.setdefault(leaf, _Recorder(_module(model, name, leaf.name), leaf))
-        if stop_at is not None:
-            for recorder in self._recorders.values():
-                recorder.stop_at = (list(self._recorders.values()), stop_at)
+        self._stop_at = stop_at
         self._handles: list[Any] = []
 
     def __enter__(self) -> Tap:
         self._detach()  # a copy of an open tap
+        stop = None if self._stop_at is None else (list(self._recorders.values()), self._stop_at)
         for recorder in self._recorders.values():
             recorder.calls.clear()
+            recorder.versions.clear()
+            recorder.stop = stop
             self._handles.append(recorder.attach())
         return self
 
@@ -101,11 +105,13 @@ class Tap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._detach()
-        return kind is _Enough
+        return isinstance(error, _Enough) and error.args[0] in self._recorders.values()
 
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        for recorder in self._recorders.values():
+            recorder.stop = None  # a cycle of references, which would keep what was seen until it is collected
 
     @property
     def counts(self) -> list[int]:
@@ -143,7 +149,10 @@ class Tap:
         found = self._tensors(name, source)
         if not found:
             names = ", ".join(repr(leaf.name) for leaf in _leaves(source))
-            raise ValueError(f"{name}: {names} emitted nothing; it did not run in the forward pass")
+            raise ValueError(
+                f"{name}: {names} emitted nothing; it did not run in the forward pass, was given keywords alone, or "
+                f"was compiled and ran before without hooks ({COMPILED})"
+            )
         return found
 
     def _tensors(self, name: str, source: Source) -> list[Tensor]:
@@ -157,11 +166,16 @@ class Tap:
             return [torch.stack(levels).mean(0) for levels in zip(*branches, strict=True)]
         if isinstance(source, (Output, Input)):
             recorder = self._recorders[source]
-            return [x for call in recorder.calls for x in _flatten(name, recorder.source, call)]
+            found = [x for call in recorder.calls for x in _flatten(name, recorder.source, call)]
+            if recorder.versions != recorder.versions_now():
+                raise ValueError(
+                    f"{name}: what {source.name!r} emitted was changed in place afterwards; tap what changes it"
+                )
+            return found
         return [x for each in source for x in self._tensors(name, each)]
 
 
-class _Enough(Exception):
+class _Enough(BaseException):  # no Exception: a model may catch those around its head
     """Ends a pass in which all has been seen."""
 
 
@@ -172,7 +186,8 @@ class _Recorder:
         self.module = module
         self.source = source
         self.calls: list[Any] = []
-        self.stop_at: tuple[list[_Recorder], Sequence[int]] | None = None
+        self.versions: list[int] = []
+        self.stop: tuple[list[_Recorder], Sequence[int]] | None = None
 
     def attach(self) -> Any:
         if isinstance(self.source, Input):
@@ -180,20 +195,37 @@ class _Recorder:
         return self.module.register_forward_hook(self.see_output)
 
     def see_input(self, module: nn.Module, arguments: Any) -> None:
-        # Ultralytics' head puts its outputs into the list that it is given.
-        self._see(tuple(list(a) if isinstance(a, list) else a for a in arguments))
+        self._see(tuple(map(_copied, arguments)))
 
     def see_output(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._see(output)
+        self._see(_copied(output))
+
+    def versions_now(self) -> list[int]:
+        return [t._version for call in self.calls for t in _tensors_in(call)]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "calls": []}
+        return {**self.__dict__, "calls": [], "versions": []}
 
     def _see(self, emitted: Any) -> None:
         self.calls.append(emitted)
-        if self.stop_at is not None and all(len(r.calls) >= n for r, n in zip(*self.stop_at, strict=True)):
-            raise _Enough
+        self.versions += [t._version for t in _tensors_in(emitted)]
+        if self.stop is not None and all(len(r.calls) >= n for r, n in zip(*self.stop, strict=True)):
+            raise _Enough(self)
+
+
+def _copied(emitted: Any) -> Any:
+    """A list or dict may be filled with other tensors later: Ultralytics' head does that with the one it is given."""
+    return copy.copy(emitted) if type(emitted) in (list, dict) else emitted
+
+
+def _tensors_in(emitted: Any) -> list[Tensor]:
+    """Those at hand; without a version counter, as in inference mode, none."""
+    if isinstance(emitted, Tensor):
+        return [] if emitted.is_inference() else [emitted]
+    if isinstance(emitted, Mapping):
+        emitted = list(emitted.values())
+    return [t for each in emitted for t in _tensors_in(each)] if isinstance(emitted, (list, tuple)) else []
 
 
 def _leaves(source: Source | None) -> list[Output | Input]:

@@ -21,10 +21,12 @@ def recipe(model: nn.Module) -> Recipe:
         ValueError: the model is none of the three.
     """
     names = dict(model.named_modules())
+    transform: Any = names.get("transform")
+    norms = transform and {name: list(getattr(transform, name)) for name in ("image_mean", "image_std")}
     if "rpn.head.cls_logits" in names:
-        return Recipe("backbone", "rpn.head.cls_logits", Input("backbone"), _run_rpn, _as_list)
+        return Recipe("backbone", "rpn.head.cls_logits", Input("backbone"), _run_rpn, _as_list, norms)
     if "head.classification_head.cls_logits" in names:
-        return Recipe("backbone", "head.classification_head.cls_logits", Input("backbone"), _run_head, _as_list)
+        return Recipe("backbone", "head.classification_head.cls_logits", Input("backbone"), _run_head, _as_list, norms)
     raise ValueError(
         f"{type(model).__name__} is no RetinaNet, FCOS or Faster R-CNN of torchvision: it has neither "
         "'head.classification_head.cls_logits' nor 'rpn.head.cls_logits'; give feats= and logits="

@@ -95,6 +95,11 @@ def test_other_classes():
     assert "loss_frs_cls" not in d(images(), targets())
 
 
+def test_another_normalisation_is_refused():
+    with pytest.raises(ValueError, match=r"normalise otherwise: student .*0\.485.*, teacher .*0\.5"):
+        Distiller(make("fcos"), make("fcos", image_mean=[0.5, 0.5, 0.5]), recipe="torchvision")
+
+
 def test_another_model_is_refused():
     model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
     with pytest.raises(ValueError, match="SSD is no RetinaNet, FCOS or Faster R-CNN of torchvision"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
@@ -41,6 +42,21 @@ def test_a_step(name):
     (own.sum() + 2 * loss).backward()
     assert not [n for n, p in d.named_parameters() if p.requires_grad and p.grad is None]
     make(name, "n").load_state_dict(d.student.state_dict())
+
+
+def test_a_loaded_checkpoint(tmp_path):
+    """As the README has it: what YOLO() loads is frozen and in eval mode."""
+    for size in "ns":
+        YOLO(f"yolo11{size}.yaml", verbose=False).save(tmp_path / f"{size}.pt")
+    student = YOLO(tmp_path / "n.pt").model.requires_grad_(True).train()
+    student.args = get_cfg(overrides=student.args)
+    d = Distiller(student, YOLO(tmp_path / "s.pt").model, recipe="ultralytics", preset="ultralytics", warmup=0)
+    inputs = batch()
+    own, _ = d(inputs)
+    (own.sum() + len(inputs["img"]) * d.loss()).backward()
+    # dfl, a fixed sum, is left out by Ultralytics' trainer
+    unused = [n for n, p in d.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(".dfl." in name for name in unused)
 
 
 @each_model
