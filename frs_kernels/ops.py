@@ -47,7 +47,9 @@ class Verbs(NamedTuple):
 
 
 def _require_one_device(*lists: Sequence[Tensor]) -> None:
-    """A call with one meta tensor among others comes to a fake implementation."""
+    """A call with one meta tensor among others comes to a fake implementation, however malformed."""
+    if not all(lists) or any(t is None for tensors in lists for t in tensors):
+        raise ValueError("a list of tensors is empty, or a tensor is None")
     devices = {t.device for tensors in lists for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; one device is needed")
@@ -79,6 +81,10 @@ def _imitate_fake(
     joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _require_one_device(student, teacher, (scores, norm))
+    if len(term) != len(student) or not all(0 <= t < len(want_grad) for t in term):
+        raise ValueError(
+            f"term needs an element an entry, {len(student)}, each the number of one of {len(want_grad)} terms"
+        )
     dtype = accumulate_dtype(*student, *teacher)
     total = student[0].new_empty(() if want_loss else 0, dtype=dtype)
     values = student[0].new_empty(len(loss) + len(student) if want_loss else 0, dtype=dtype)

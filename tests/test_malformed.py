@@ -160,7 +160,7 @@ def test_a_refusal_says_what_is_wrong(rng, verb, argument, value, words):
 @pytest.mark.parametrize("verb", ["imitate", "distill"])
 def test_a_call_that_wants_nothing_is_refused(rng, verb):
     args = calls(rng)[verb]
-    args[-2:] = [False, False], False
+    args[-3:-1] = [False, False], False
     with pytest.raises(ValueError, match="nothing is wanted: set want_loss, want_grad or both"):
         getattr(torch.ops.frs_kernels, verb)(*args)
 
