@@ -291,12 +291,17 @@ def _imitate_pairs(
         check()
     student: list[Tensor] = []
     teacher: list[Tensor] = []
-    weight, factor, modes = [], [], []
+    weight: list[float] = []
+    factor: list[Tensor | None] = []
+    modes: list[str] = []
     for pair in pairs:
         checks.check_weight(pair.weight_name, pair.weight, device)
-        is_tensor = isinstance(pair.weight, Tensor)
-        weight.append(1.0 if is_tensor else float(pair.weight))
-        factor.append(pair.weight.detach() if isinstance(pair.weight, Tensor) else None)
+        if isinstance(pair.weight, Tensor):
+            weight.append(1.0)
+            factor.append(pair.weight.detach())
+        else:
+            weight.append(float(pair.weight))
+            factor.append(None)
         modes.append(_grad_mode(pair, options.grad_mode, return_terms))
         student += pair.student
         teacher += pair.teacher

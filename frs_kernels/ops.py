@@ -46,8 +46,8 @@ class Verbs(NamedTuple):
     scale_: Callable[..., None]
 
 
-def _require_one_device(*lists: Sequence[Tensor]) -> None:
-    """A call with one meta tensor among others comes to a fake implementation, however malformed."""
+def _check_tensors(*lists: Sequence[Tensor]) -> None:
+    """All are there, on one device: a call with one meta tensor comes to a fake implementation, however malformed."""
     if not all(lists) or any(t is None for tensors in lists for t in tensors):
         raise ValueError("a list of tensors is empty, or a tensor is None")
     devices = {t.device for tensors in lists for t in tensors}
@@ -56,7 +56,7 @@ def _require_one_device(*lists: Sequence[Tensor]) -> None:
 
 
 def _score_fake(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    _require_one_device(logits)
+    _check_tensors(logits)
     dtype = accumulate_dtype(*logits)
     total = sum(positions(z) for z in logits)
     return logits[0].new_empty(total, dtype=dtype), logits[0].new_empty(len(logits), dtype=dtype)
@@ -80,7 +80,7 @@ def _imitate_fake(
     want_loss: bool,
     joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _require_one_device(student, teacher, (scores, norm))
+    _check_tensors(student, teacher, (scores, norm))
     if len(term) != len(student) or not all(0 <= t < len(want_grad) for t in term):
         raise ValueError(
             f"term needs an element an entry, {len(student)}, each the number of one of {len(want_grad)} terms"

@@ -5,7 +5,8 @@
 
 The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
 to its output folder, those of `mmdet` from examples/mmdet/results.json and `make demo-mmdet`, those of `performance`,
-`speed` and `targets` from benchmarks/results, with its plots. Nobody types them.
+`speed` and `targets` from benchmarks/results, with its plots, those of `normalizers` from examples/digits/normalizers.
+Nobody types them.
 """
 
 from __future__ import annotations
@@ -75,6 +76,25 @@ def reading(results: dict[str, Any]) -> list[str]:
 def digits() -> list[str]:
     results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
     return [*table(results), "", *reading(results)]
+
+
+def normalizers() -> list[str]:
+    """The denominators of `fsr_loss` against each other, each at several weights."""
+    runs = [json.loads(path.read_text()) for path in sorted((EXAMPLES / "digits" / "normalizers").glob("*.json"))]
+    weights = sorted({(run["settings"]["feat_weight"], run["settings"]["cls_weight"]) for run in runs})
+    found = {(run["settings"]["normalizer"], run["settings"]["feat_weight"]): run["arms"]["both"] for run in runs}
+    columns = ("", *(f"feat_weight {feat:g}, cls_weight {cls:g}" for feat, cls in weights))
+    body = []
+    for name in dict.fromkeys(normalizer for normalizer, _ in found):
+        arms = [found[name, feat] for feat, _ in weights]
+        body.append((f'"{name}"', *(number(arm["mean"]["AP"], arm["spread"]["AP"]) for arm in arms)))
+    settings, alone, machine = runs[0]["settings"], runs[0]["arms"]["alone"], runs[0]["machine"]
+    shown = (
+        f"COCO AP on the digits after {settings['student_iterations']} iterations, mean ± standard deviation over "
+        f"{len(settings['seeds'])} seeds; the student alone {number(alone['mean']['AP'], alone['spread']['AP'])}. "
+        f"{machine['cpu']}, {machine['cores']} cores."
+    )
+    return [*markdown(columns, body), "", shown]
 
 
 def mmdet() -> list[str]:
@@ -244,6 +264,7 @@ BLOCKS = {
     "performance": (performance, (ROOT / "docs" / "performance.md",)),
     "targets": (targets, (ROOT / "docs" / "performance.md",)),
     "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
+    "normalizers": (normalizers, (ROOT / "docs" / "math.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
 }
 

@@ -1,7 +1,8 @@
 // imitate: the masked imitation losses of a table of entries and their gradients by the student, in one pass.
 //
-//     share_p  = scale * S_p / (norm_l + eps)                      0 where the denominator is 0; joint: norm_l =
-//     sum(norm) value_e  = sum_p share_p sum_c value(x_pc, z_pc)             of an entry (value, slope: pointwise.h)
+//     share_p  = scale * S_p / (norm_l + eps)                      0 where the denominator is 0
+//                                                                  joint: norm_l is the sum of all levels' norms
+//     value_e  = sum_p share_p sum_c value(x_pc, z_pc)             of an entry (value, slope: pointwise.h)
 //     value_t  = the sum of its entries' values                    of a term
 //     total    = sum_t weight_t * factor_t * value_t
 //     gradient = weight_t * factor_t * share_p * slope(x_pc, z_pc)

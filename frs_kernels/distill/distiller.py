@@ -206,8 +206,7 @@ class Distiller(nn.Module):
         # A weight of 0 leaves the term out: it would cost a pass over the logits.
         no_weight = not isinstance(self.criterion.cls_weight, Tensor) and self.criterion.cls_weight == 0
         self.has_logits = self.recipes[0].logits is not None and not no_weight
-        needs_logits = self.has_logits or self.mask == "richness" or callable(self.mask)
-        if needs_logits and self.recipes[1].logits is None:
+        if (self.has_logits or self.mask != "ones") and self.recipes[1].logits is None:
             raise ValueError("the richness is made of the teacher's class logits: name logits, or take mask='ones'")
         self.adapter: FeatureAdapter | None = None
         if self.has_feats:

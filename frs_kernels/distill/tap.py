@@ -65,7 +65,7 @@ class Tap:
         stop_at: `counts` of an earlier pass: as soon as every module has been called so often, the pass ends, by an
             exception that goes no further than this context.
 
-    Raises (where they are read, or on entry for names):
+    Raises (where they are read; for a name when made):
         ValueError: there is no such module; nothing was emitted, or it is no list of levels; logits do not fit the
             features: another number of levels (a module that ran twice emits twice as many), other sizes.
     """
