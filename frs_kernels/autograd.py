@@ -38,8 +38,9 @@ class Imitation(torch.autograd.Function):
     Outputs: the loss; with `want_values` also the value of each term, unweighted, and, without gradient, the values of
     the entries, and scores and mass where they were made here.
 
-    A term's gradient is computed "forward", kept, and scaled in place by the upstream gradient, which is possible
-    once; or "backward" from the inputs, with the upstream gradient in the kernel's coefficient.
+    A term's gradient is computed "forward", kept, and scaled in place by the upstream gradient, in the graph's last
+    backward pass, or out of place where the graph is retained; or "backward" from the inputs, with the upstream
+    gradient in the kernel's coefficient.
     """
 
     @staticmethod
@@ -57,7 +58,6 @@ class Imitation(torch.autograd.Function):
         else:
             total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
         ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
-        ctx.spent = False
         if "backward" in call.modes:
             late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
             inputs = [[student[e] for e in late], [call.teacher[e] for e in late]]
@@ -84,14 +84,11 @@ class Imitation(torch.autograd.Function):
 
 def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient of every entry that needs one."""
-    if ctx.spent:
-        raise RuntimeError(
-            "frs_kernels: the gradient was computed in the forward pass and has been handed out; pass "
-            "grad_mode='backward' to go backward through the same graph more than once"
-        )
     table: Table = ctx.table
     saved = _saved(ctx)
     compiling = is_compiling()
+    # What AOTAutograd, too, asks before it reuses what a graph has saved.
+    retained = not compiling and torch._C._autograd._get_current_graph_task_keep_graph()
     results: list[Tensor | None] = [None] * len(table.term)
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
     late: list[_Late] = []
@@ -109,16 +106,17 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
                 # Changed in place, a saved tensor is cloned by the compiler first.
                 dtype = accumulate_dtype(*grads)
                 grads = [(g * factor.to(dtype)).to(g.dtype) for g in grads]
-            elif to_scale and to_scale[-1][0] is factor:
-                to_scale[-1][1].extend(grads)
             else:
-                to_scale.append((factor, grads))
+                grads = [g.clone() for g in grads] if retained else grads
+                if to_scale and to_scale[-1][0] is factor:
+                    to_scale[-1][1].extend(grads)
+                else:
+                    to_scale.append((factor, grads))
             results[entries.start : entries.stop] = grads
         elif mode == "backward":
             term = _late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, value_grad)
             late += [] if term is None else [term]
     _imitate_late(ctx, saved, late, results)
-    ctx.spent = len(kept) > 0 and not compiling
     for factor, grads in to_scale:
         VERBS[ctx.backend].scale_(grads, factor)
     wanted = ctx.needs_input_grad[1:]

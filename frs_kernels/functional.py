@@ -132,11 +132,10 @@ def fsr_loss(
         mask: a list of (N, H, W) floating-point tensors, used as S instead of the richness score.
         process_group: M_l is averaged over its ranks, so that averaged gradients are those of the joint batch (whose
             eps would be that of a rank times their number).
-        grad_mode: "forward" computes the gradient in the forward pass (less traffic, one backward per graph),
-            "backward" in the backward pass (fp16 does not underflow before the loss scale; any number of backwards),
-            "auto": backward for fp16 and fp64 students, forward for fp32 and bf16. With return_terms and a weight
-            that is a tensor or (nearly) 0, the gradient of `feat` or `cls` alone could not be had from a stored
-            one: that term is computed in the backward pass.
+        grad_mode: "forward" computes the gradient in the forward pass (less traffic), "backward" in the backward pass
+            (fp16 does not underflow before the loss scale), "auto": backward for fp16 students, forward for the rest.
+            With return_terms and a weight that is a tensor or (nearly) 0, the gradient of `feat` or `cls` alone could
+            not be had from a stored one: that term is computed in the backward pass.
         backend: "cuda", "triton", "cpu", "torch" or "auto" (`python -m frs_kernels` says which are here).
         return_terms: return `FSRTerms` instead of the loss.
 
@@ -343,9 +342,8 @@ def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
     wanted = late = False
     for x in pair.student:
         wanted = wanted or x.requires_grad
-        # fp16: 2 w S (s - t) / M is far below its range until the loss scale multiplies it. fp64: nobody trains in it,
-        # and torch.autograd.gradcheck goes backward twice through one graph.
-        late = late or x.dtype in (torch.float16, torch.float64)
+        # 2 w S (s - t) / M is far below the range of fp16 until the loss scale multiplies it.
+        late = late or x.dtype == torch.float16
     if not wanted or not torch.is_grad_enabled():
         return "none"
     if return_terms and (isinstance(pair.weight, Tensor) or abs(pair.weight) < 1e-30):

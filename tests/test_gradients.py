@@ -163,35 +163,32 @@ def test_any_upstream_gradient(rng, backend, device, grad_mode, wrap, factor):
 
 
 @each_backend
-def test_a_second_backward_is_right_in_backward_mode(rng, backend, device):
+@MODES
+def test_a_retained_graph_can_be_gone_through_again(rng, backend, device, grad_mode):
     p = tiny(rng, device)
-    loss = fsr_loss(*p.inputs, backend=backend, grad_mode="backward")
-    first = torch.autograd.grad(loss, p.student, retain_graph=True)
-    second = torch.autograd.grad(3 * loss, p.student, retain_graph=True)
-    third = torch.autograd.grad(loss, p.student)
-    for a, b, c in zip(first, second, third, strict=True):
-        assert relative(b, 3 * a) <= 4 * torch.finfo(a.dtype).eps
-        assert torch.equal(a, c)
-
-
-@each_backend
-def test_a_second_backward_raises_in_forward_mode(rng, backend, device):
-    p = tiny(rng, device)
-    loss = fsr_loss(*p.inputs, backend=backend, grad_mode="forward")
+    loss = fsr_loss(*p.inputs, backend=backend, grad_mode=grad_mode)
     first = torch.autograd.grad(loss, p.student, retain_graph=True)
     kept = [g.clone() for g in first]
-    with pytest.raises(RuntimeError, match="grad_mode='backward'"):
-        torch.autograd.grad(2 * loss, p.student)
-    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    second = torch.autograd.grad(3 * loss, p.student, retain_graph=True)
+    third = torch.autograd.grad(loss, p.student)
+    for a, b, c, k in zip(first, second, third, kept, strict=True):
+        assert relative(b, 3 * a) <= 4 * torch.finfo(a.dtype).eps
+        assert torch.equal(a, c)
+        assert torch.equal(a, k), "a gradient that was handed out has changed"
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, p.student)
 
 
 @each_backend
-def test_two_backwards_of_two_terms_raise_in_forward_mode(rng, backend, device):
+@MODES
+def test_the_terms_of_a_retained_graph_add_up(rng, backend, device, grad_mode):
     p = tiny(rng, device)
-    terms = fsr_loss(*p.inputs, backend=backend, grad_mode="forward", return_terms=True)
-    torch.autograd.grad(terms.feat, p.s, retain_graph=True)
-    with pytest.raises(RuntimeError, match="grad_mode='backward'"):
-        torch.autograd.grad(terms.cls, p.x)
+    terms = fsr_loss(*p.inputs, backend=backend, grad_mode=grad_mode, return_terms=True, feat_weight=2.0)
+    feat = torch.autograd.grad(terms.feat, p.s, retain_graph=True)
+    cls = torch.autograd.grad(terms.cls, p.x, retain_graph=True)
+    terms.loss.backward()
+    for x, part in zip([*p.s, *p.x], [*(2 * g for g in feat), *cls], strict=True):
+        assert relative(x.grad, part) <= 4 * torch.finfo(x.dtype).eps
 
 
 @each_backend
