@@ -123,7 +123,7 @@ def student_arms(options: argparse.Namespace) -> list[Arm]:
         arms += [
             Arm("features", "  features only", short, replace(both, cls_weight=0.0)),
             Arm("head", "  head only", short, replace(both, feat_weight=0.0)),
-            Arm("ones", "  both, all-ones mask", short, replace(both, all_ones=True)),
+            Arm("ones", "  both, all-ones mask", short, replace(both, mask="ones")),
             Arm("alone-long", f"student alone, {count}", long, None, long=True),
             Arm("both-long", f"student + fsr_loss, {count}", long, both, long=True),
         ]

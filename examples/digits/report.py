@@ -57,12 +57,19 @@ def collect(
         if name != arm.baseline:
             arms[name]["gain_over"] = arm.baseline
             arms[name]["gain"] = _gain(arms[name], arms[arm.baseline])
-    train, val = splits
     return {
         "arms": arms,
         "loss_ms": loss_ms,
         "absent_backends": absent,
         "parameters": parameters,
+        **describe(options, splits, sides),
+    }
+
+
+def describe(options: argparse.Namespace, splits: tuple[Split, Split], sides: tuple[float, float]) -> dict[str, Any]:
+    """Data, settings, machine and versions of a run."""
+    train, val = splits
+    return {
         "data": {
             "folder": str(options.data or "digits"),
             "pictures": {"train": len(train), "val": len(val)},

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import frs_kernels
+from frs_kernels.distill import GradientShare, masks
 
 from .coco import COCO_SIDES, Detections, Split, evaluate
-from .detector import Detector, Outputs, Size, detect, detection_loss
+from .detector import STRIDES, Detector, Outputs, Size, detect, detection_loss
 from .progress import Advance, silent
 
+MASKS = ("richness", "ones", "boxes")
 GLIMPSE = 100
 """Validation pictures that the curve of AP over the iterations is measured on."""
 
@@ -40,16 +42,19 @@ class Schedule:
 class Distillation:
     """How a student is taught; a weight of zero leaves that term out altogether.
 
-    Both weights rise from zero over the first `ramp` iterations. `all_ones` replaces the
-    richness mask by ones.
+    Both weights rise from zero over the first `ramp` iterations. `mask` is one of `MASKS`.
+    With a `share` the weights are held where each term's gradient is that part of the rest's, at
+    the features and at the logits; they begin at those given. `measure` keeps what they are.
     """
 
     feat_weight: float
     cls_weight: float
     ramp: int
-    all_ones: bool = False
+    mask: str = "richness"
     backend: str = "auto"
     normalizer: str = "mass"
+    share: float | None = None
+    measure: bool = False
 
 
 @dataclass
@@ -62,6 +67,9 @@ class Run:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Iterations done and the AP then on the first `GLIMPSE` validation pictures."""
     step_seconds: list[float] = field(default_factory=list)
+    pull: dict[str, list[float]] = field(default_factory=dict)
+    """Sums over the iterations, a number a level: the norm of the gradient at the features or the
+    logits, of the term ("feat", "cls") and of the rest of the loss ("feat rest", "cls rest"). """
 
     @property
     def step_ms(self) -> float:
@@ -132,28 +140,67 @@ def predict(model: Detector, pictures: Tensor) -> list[Detections]:
     return found
 
 
-def distillation_terms(
-    how: Distillation,
-    adapter: nn.Module | None,
-    outputs: Outputs,
-    teacher: tuple[list[Tensor], list[Tensor]],
-    ramp: float,
-) -> frs_kernels.FSRTerms:
-    """The terms of `fsr_loss`, its two weights times `ramp`."""
-    features, logits = teacher
-    ones = [torch.ones_like(level[:, 0]) for level in logits] if how.all_ones else None
-    return frs_kernels.fsr_loss(
-        adapter(outputs.features) if adapter else None,
-        features if adapter else None,
-        outputs.logits if how.cls_weight else None,
-        logits,
-        feat_weight=ramp * how.feat_weight,
-        cls_weight=ramp * how.cls_weight,
-        mask=ones,
-        backend=how.backend,
-        normalizer=how.normalizer,
-        return_terms=True,
-    )
+class Teaching(nn.Module):
+    """One way to teach one student: the terms of `fsr_loss`, and what they pull with."""
+
+    def __init__(self, how: Distillation, teacher: TeacherOutputs, channels: int, device: torch.device) -> None:
+        super().__init__()
+        self.how, self.teacher = how, teacher
+        self.adapter: nn.Module | None = None
+        if how.feat_weight:
+            theirs = [level.shape[1] for level in teacher.batch(torch.tensor([0]))[0]]
+            self.adapter = frs_kernels.FeatureAdapter(channels, theirs[0], len(theirs)).to(device)
+        self.shares = nn.ModuleDict()
+        if how.share is not None or how.measure:
+            weights = {"feat": how.feat_weight, "cls": how.cls_weight}
+            self.shares.update({name: GradientShare(how.share, w).to(device) for name, w in weights.items() if w})
+
+    def forward(self, outputs: Outputs, data: Split, rows: Tensor, ramp: float) -> frs_kernels.FSRTerms:
+        """The terms of a batch; their `loss` is to be added to the detector's own."""
+        how = self.how
+        features, logits = self.teacher.batch(rows)
+        watched = {
+            name: self._share(name).watch(levels) if name in self.shares else levels
+            for name, levels in (("feat", outputs.features), ("cls", outputs.logits))
+        }
+        weights = {"feat_weight": ramp * how.feat_weight, "cls_weight": ramp * how.cls_weight}
+        if how.share is not None:
+            weights = {"feat_weight": 1.0, "cls_weight": 1.0}
+        terms = frs_kernels.fsr_loss(
+            self.adapter(watched["feat"]) if self.adapter else None,
+            features if self.adapter else None,
+            watched["cls"] if how.cls_weight else None,
+            logits,
+            mask=self._mask(logits, data, rows),
+            backend=how.backend,
+            normalizer=how.normalizer,
+            return_terms=True,
+            **weights,
+        )
+        if how.share is not None:
+            parts = [ramp * self._share(name).weight * getattr(terms, name) for name in self.shares]
+            terms = terms._replace(loss=torch.stack(parts).sum())
+        return terms
+
+    def _mask(self, logits: list[Tensor], data: Split, rows: Tensor) -> list[Tensor] | None:
+        if self.how.mask == "boxes":
+            found = [boxes[labels >= 0] for boxes, labels in zip(data.boxes[rows], data.labels[rows], strict=True)]
+            return masks.boxes(found, logits, STRIDES)
+        return masks.ones(logits) if self.how.mask == "ones" else None
+
+    def _share(self, name: str) -> GradientShare:
+        share = self.shares[name]
+        assert isinstance(share, GradientShare)
+        return share
+
+    def update(self, pull: dict[str, list[float]], ramp: float) -> None:
+        """After a backward pass: the weights of the next, and what the gradients were, added to `pull`."""
+        for name in self.shares:
+            share = self._share(name)
+            share.update(ramp)
+            for key, norms in ((name, share.term), (f"{name} rest", share.own)):
+                if norms is not None:
+                    pull[key] = [a + b for a, b in zip(pull.get(key, [0.0] * len(norms)), norms.tolist(), strict=True)]
 
 
 def train(
@@ -178,11 +225,8 @@ def train(
     data, val = splits
     torch.manual_seed(seed)
     model = Detector(size, len(data.names)).to(memory_format=torch.channels_last).to(device)
-    adapter: nn.Module | None = None
-    if how and how.feat_weight and teacher:
-        channels = [level.shape[1] for level in teacher.batch(torch.tensor([0]))[0]]
-        adapter = frs_kernels.FeatureAdapter(size.fpn, channels[0], len(channels)).to(device)
-    whole = nn.ModuleList([model] + ([adapter] if adapter else []))
+    teaching = Teaching(how, teacher, size.fpn, device) if how and teacher else None
+    whole = nn.ModuleList([model] + ([teaching] if teaching else []))
     optimizer = torch.optim.AdamW(whole.parameters(), lr=schedule.lr, weight_decay=1e-4)
 
     run, first = Run(), 0
@@ -203,13 +247,15 @@ def train(
         outputs = model(channels_last(data.pictures[rows]))
         loss = detection_loss(outputs, data.boxes[rows], data.labels[rows])
         terms = {"detection": loss}
-        if how and teacher:
-            ramp = min(1.0, (iteration + 1) / how.ramp)
-            fsr = distillation_terms(how, adapter, outputs, teacher.batch(rows), ramp)
+        ramp = min(1.0, (iteration + 1) / how.ramp) if how else 0.0
+        if teaching:
+            fsr = teaching(outputs, data, rows, ramp)
             terms |= {"feat": fsr.feat, "cls": fsr.cls}
             loss = loss + fsr.loss
         optimizer.zero_grad()
         loss.backward()
+        if teaching:
+            teaching.update(run.pull, ramp)
         nn.utils.clip_grad_norm_(whole.parameters(), 10.0)
         optimizer.step()
         for name, term in terms.items():

@@ -5,6 +5,7 @@ Plain PyTorch: no framework is imported.
 
 from frs_kernels.distill import masks
 from frs_kernels.distill.distiller import Distiller, Recipe
+from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.tap import Input, Mean, Output, Tap
 
-__all__ = ["Distiller", "Input", "Mean", "Output", "Recipe", "Tap", "masks"]
+__all__ = ["Distiller", "GradientShare", "Input", "Mean", "Output", "Recipe", "Tap", "masks"]

@@ -42,6 +42,7 @@ class Mean:
 COMPILED = "torch.compiler.reset(), or compile after the first pass"
 
 Source = str | Output | Input | Mean | Sequence[Any]
+Through = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Tap:
@@ -64,6 +65,8 @@ class Tap:
         images: source of the images as the backbone sees them; a name means that module's input.
         stop_at: `counts` of an earlier pass: as soon as every module has been called so often, the pass ends, by an
             exception that goes no further than this context.
+        through: by "feats" or "logits", a function of a list of tensors that gives another, which what was emitted goes
+            through before it is averaged or split.
 
     Raises (where they are read; for a name when made):
         ValueError: there is no such module; nothing was emitted, or it is no list of levels; logits do not fit the
@@ -78,6 +81,7 @@ class Tap:
         logits: Source | None = None,
         images: Source | None = None,
         stop_at: Sequence[int] | None = None,
+        through: Mapping[str, Through] | None = None,
     ) -> None:
         if feats is None and logits is None and images is None:
             raise ValueError("nothing to collect: name the modules that emit feats, logits or images")
@@ -89,10 +93,13 @@ class Tap:
             for leaf in _leaves(source):
                 self._recorders.setdefault(leaf, _Recorder(_module(model, name, leaf.name), leaf))
         self._stop_at = stop_at
+        self._through = through or {}
+        self._found: dict[str, list[Tensor]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Tap:
         self._detach()  # a copy of an open tap
+        self._found.clear()
         stop = None if self._stop_at is None else (list(self._recorders.values()), self._stop_at)
         for recorder in self._recorders.values():
             recorder.calls.clear()
@@ -106,6 +113,10 @@ class Tap:
     ) -> bool:
         self._detach()
         return isinstance(error, _Enough) and error.args[0] in self._recorders.values()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has seen nothing: tensors of a graph can be neither copied nor pickled."""
+        return {**self.__dict__, "_found": {}}
 
     def _detach(self) -> None:
         while self._handles:
@@ -146,6 +157,8 @@ class Tap:
         source = self._sources[name]
         if source is None:
             raise ValueError(f"{name}: not collected; name the module that emits them")
+        if name in self._found:
+            return self._found[name]
         found = self._tensors(name, source)
         if not found:
             names = ", ".join(repr(leaf.name) for leaf in _leaves(source))
@@ -153,6 +166,7 @@ class Tap:
                 f"{name}: {names} emitted nothing; it did not run in the forward pass, was given keywords alone, or "
                 f"was compiled and ran before without hooks ({COMPILED})"
             )
+        self._found[name] = found
         return found
 
     def _tensors(self, name: str, source: Source) -> list[Tensor]:
@@ -171,7 +185,7 @@ class Tap:
                 raise ValueError(
                     f"{name}: what {source.name!r} emitted was changed in place afterwards; tap what changes it"
                 )
-            return found
+            return self._through[name](found) if name in self._through else found
         return [x for each in source for x in self._tensors(name, each)]
 
 
@@ -204,7 +218,6 @@ class _Recorder:
         return [t._version for call in self.calls for t in _tensors_in(call)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has seen nothing: tensors of a graph can be neither copied nor pickled."""
         return {**self.__dict__, "calls": [], "versions": []}
 
     def _see(self, emitted: Any) -> None:
