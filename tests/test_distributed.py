@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import each_backend, relative, run
-from toy_detectors import Detector, images
+from toy_detectors import images
 from truth import pyramid
-from workers import Model, averaged_gradients, ddp_gradients, distiller_gradients, launch, masked_losses
+from workers import (
+    Model,
+    averaged_gradients,
+    ddp_gradients,
+    descend,
+    distilled,
+    distiller_gradients,
+    launch,
+    make_distiller,
+    masked_losses,
+    sharded,
+)
 
-from frs_kernels import Distiller, fsr_loss, masked_imitation_loss
+from frs_kernels import fsr_loss, masked_imitation_loss
 
 BATCH = ((4, 2, 3), (4, 1, 1))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
@@ -64,15 +75,26 @@ def test_ddp_around_a_distiller(tmp_path, returns):
     """Averaged, the gradients of student and adapter are those of one process with all images."""
     x = images(n=4)
     results = launch(distiller_gradients, tmp_path, x, returns)
-    torch.manual_seed(0)
-    distiller = Distiller(
-        Detector(), Detector(channels=9), feats="neck", logits="head.cls", warmup=0, normalizer="total_mass",
-        example=(x[:1],),
-    )  # fmt: skip
-    distiller.student.head.box.requires_grad_(False)
-    losses = distiller(x)
-    (losses["loss_frs_feat"] + losses["loss_frs_cls"]).backward()
+    distiller = make_distiller(x)
+    distilled(distiller, distiller(x)).backward()
     right = [p.grad for p in distiller.parameters() if p.requires_grad]
     for first, second, grad in zip(*results, right, strict=True):
         assert torch.equal(first, second)
         assert relative(first, grad) <= 1e-5
+
+
+@pytest.mark.parametrize("parts", [[], ["student.neck", "student.head"]], ids=["whole", "nested"])
+@pytest.mark.parametrize("returns", ["losses", "logits"])
+def test_fully_sharded(tmp_path, returns, parts):
+    """FSDP2 on two processes is one process with all images, for some steps; the teacher stays whole in each."""
+    x = images(n=4)
+    results = launch(sharded, tmp_path, x, returns, parts)
+    distiller = make_distiller(x, returns)
+    losses, grads = descend(distiller, x)
+    for step, loss in enumerate(losses):
+        mean = sum(result["losses"][step] for result in results) / len(results)
+        assert relative(mean, loss) <= 1e-6
+    for result in results:
+        assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
+        pairs = zip(result["weights"], distiller.parameters(), strict=True)
+        assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from toy_detectors import Detector
 from truth import Pyramid
 
@@ -80,16 +82,57 @@ def masked_losses(rank: int, p: Pyramid, mask: list[Tensor]) -> float:
     return masked_imitation_loss(mine, teachers, half(rank, mask), process_group=group, backend="torch").item()
 
 
-def distiller_gradients(rank: int, images: Tensor, returns: str) -> list[Tensor]:
-    """A step of DistributedDataParallel around a Distiller, the losses in its dict or apart."""
+def make_distiller(images: Tensor, returns: str = "losses", group: Any = None) -> Distiller:
+    """The same in every process."""
     torch.manual_seed(0)
     distiller = Distiller(
         Detector(returns=returns), Detector(channels=9), feats="neck", logits="head.cls", warmup=0,
-        normalizer="total_mass", process_group=dist.group.WORLD, example=(images[:1],),
+        normalizer="total_mass", process_group=group, example=(images[:1],),
     )  # fmt: skip
     distiller.student.head.box.requires_grad_(False)
+    return distiller
+
+
+def distilled(distiller: Distiller, returned: Any) -> Tensor:
+    """The distiller's own losses, in the dict that was returned or apart."""
+    if isinstance(returned, dict):
+        return sum((returned[name] for name in returned if "frs" in name), start=torch.zeros(()))
+    return distiller.loss()
+
+
+def distiller_gradients(rank: int, images: Tensor, returns: str) -> list[Tensor]:
+    """A step of DistributedDataParallel around a Distiller, the losses in its dict or apart."""
+    distiller = make_distiller(images, returns, dist.group.WORLD)
     ddp = nn.parallel.DistributedDataParallel(distiller)
-    returned = ddp(images.chunk(RANKS)[rank])
-    loss = sum(returned[name] for name in returned if "frs" in name) if returns == "losses" else distiller.loss()
-    loss.backward()
+    distilled(distiller, ddp(images.chunk(RANKS)[rank])).backward()
     return [p.grad.clone() for p in distiller.parameters() if p.requires_grad]
+
+
+STEPS = 3
+
+
+def descend(distiller: Distiller, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The losses of some steps, and the gradients of the last."""
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    losses = []
+    for _ in range(STEPS):
+        loss = distilled(distiller, distiller(images))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, [p.grad for p in trained if p.grad is not None]
+
+
+def sharded(rank: int, images: Tensor, returns: str, parts: list[str]) -> dict[str, Any]:
+    """Steps of FSDP2 around a Distiller, whose `parts` are sharded on their own: losses, gradients and weights."""
+    distiller = make_distiller(images, returns, dist.group.WORLD)
+    for part in parts:
+        fully_shard(distiller.get_submodule(part))
+    fully_shard(distiller)
+    losses, grads = descend(distiller, images.chunk(RANKS)[rank])
+    assert all(isinstance(p, DTensor) for p in distiller.parameters())
+    assert not any(isinstance(p, DTensor) for p in distiller.teacher.parameters())
+    weights = [p.detach().full_tensor() for p in distiller.parameters()]
+    return {"losses": losses, "grads": [g.full_tensor() for g in grads], "weights": weights}
