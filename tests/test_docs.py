@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+from readme import BLOCKS, PAGE, code_after
+from torch import Tensor, nn
+from toy_detectors import STRIDES, Detector, images
 
 import frs_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 
 
 def test_the_tables_are_those_of_the_committed_results():
@@ -29,8 +31,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_the_loop_of_the_readme_is_the_call_beside_it():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    call, loop = blocks[0], blocks[1]
+    call, loop = BLOCKS[0], BLOCKS[1]
     torch.manual_seed(0)
     feats, logits = ([[torch.randn(2, c, h, h) for h in (6, 3)] for _ in range(2)] for c in (5, 4))
     names = {
@@ -46,9 +47,48 @@ def test_the_loop_of_the_readme_is_the_call_beside_it():
 def test_the_interface_of_the_readme_is_the_signature():
     import inspect
 
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if b.startswith("frs_kernels."))
+    block = next(b for b in BLOCKS if b.startswith("frs_kernels."))
     for name, parameter in inspect.signature(frs_kernels.fsr_loss).parameters.items():
         if parameter.default is inspect.Parameter.empty:
             assert name in block
         else:
             assert f"{name}={parameter.default!r}".replace("'", '"') in block
+
+
+class Loop(nn.Module):
+    """A model as the README's training step has it: features, logits and, given targets, its own loss."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = Detector(channels, classes=4, returns="logits")
+        self.extra = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(5 - len(STRIDES)))
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> tuple[list[Tensor] | Tensor, ...]:
+        feats = self.inner.neck(x)
+        for conv in self.extra:
+            feats.append(conv(feats[-1]))
+        logits = self.inner.head(feats)
+        return (feats, logits) if targets is None else (feats, logits, sum(z.square().mean() for z in logits))
+
+
+def test_the_training_step_of_the_readme_runs():
+    student, teacher = Loop(6), Loop(9).eval()
+    names = {
+        "torch": torch, **vars(frs_kernels), "student": student, "teacher": teacher, "images": images(),
+        "targets": images(), "step": 250, "student_channels": 6, "teacher_channels": 9,
+    }  # fmt: skip
+    exec(code_after("A training step:"), names)
+    assert names["ramp"] == 0.5
+    assert names["loss"] > names["detection_loss"]
+    names["loss"].backward()
+    trained = [*student.inner.neck.parameters(), *student.inner.head.cls.parameters(), *names["adapter"].parameters()]
+    assert all(p.grad is not None for p in trained)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_modules_that_the_readme_names_are_found():
+    named = re.findall(r"`(Distiller\(student, teacher, feats=[^`]*\))`", PAGE)
+    assert len(named) == 1
+    names = {**vars(frs_kernels), "student": Detector(6), "teacher": Detector(9)}
+    losses = eval(named[0], names)(images())
+    assert {"loss_frs_feat", "loss_frs_cls"} < set(losses)

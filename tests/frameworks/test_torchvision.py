@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from readme import code_after
 from torch import Tensor, nn
 from torchvision.models import detection
 
@@ -87,6 +88,18 @@ def test_the_teacher_runs_no_further_than_its_class_logits(preset):
     d(images(), targets())
     # the RPN's head has its box branch beside the class logits, a level at a time
     assert set(ran) <= {"rpn.head.bbox_pred"}
+
+
+def test_the_loop_of_the_readme_runs():
+    names = {
+        "torch": torch, "student": make("retinanet"), "teacher": make("retinanet"),
+        "loader": [(images(), targets())] * 2,
+    }  # fmt: skip
+    before = names["student"].backbone.fpn.layer_blocks[0][0].weight.detach().clone()
+    exec(code_after("For torchvision's RetinaNet, FCOS and Faster R-CNN:"), names)
+    assert names["distiller"].iteration == 2
+    assert names["loss"].isfinite()
+    assert not torch.equal(names["student"].backbone.fpn.layer_blocks[0][0].weight, before)
 
 
 def test_other_classes():

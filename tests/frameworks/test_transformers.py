@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from readme import code_after
 from torch import Tensor
 
 from frs_kernels import Distiller, fsr_loss, masks
@@ -69,6 +70,17 @@ def test_the_teacher_runs_no_decoder(name):
     d.teacher.model.decoder.register_forward_hook(lambda *_: ran.append(1))
     d(**batch())
     assert not ran
+
+
+def test_the_step_of_the_readme_runs():
+    inputs = batch()
+    names: dict[str, Any] = {
+        "Distiller": Distiller, "masks": masks, "student": make("RT-DETR", 16), "teacher": make("RT-DETR", 24),
+        "images": inputs["pixel_values"], "labels": inputs["labels"],
+    }  # fmt: skip
+    exec(code_after("For transformers' RT-DETR, RT-DETR v2 and D-FINE"), names)
+    names["loss"].backward()
+    assert all(p.grad is not None for p in names["distiller"].adapter.parameters())
 
 
 def test_another_model_is_refused():
