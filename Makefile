@@ -12,7 +12,7 @@ VENV_MMDET := .venv-mmdet
 BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
 
-.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks
+.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks
 
 install: $(VENV)/.installed
 
@@ -73,11 +73,14 @@ install-frameworks: install $(VENV_FRAMEWORKS)/.installed
 $(VENV_FRAMEWORKS)/.installed: constraints-frameworks.txt
 	test -x $(VENV_FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(VENV_FRAMEWORKS)
 	$(VENV_FRAMEWORKS)/bin/python -m pip install --quiet --constraint constraints-frameworks.txt torch torchvision \
-		transformers scipy ultralytics pytest pytest-xdist pytest-timeout hypothesis
+		transformers scipy ultralytics pycocotools scikit-learn pillow rich pytest pytest-xdist pytest-timeout hypothesis
 	touch $@
 
 test-frameworks: install-frameworks
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV_FRAMEWORKS)/bin/python -m pytest -n 2 --dist worksteal tests/frameworks $(TEST_ARGS)
+
+demo-frameworks: install-frameworks
+	PYTHONPATH=. $(VENV_FRAMEWORKS)/bin/python -m examples.frameworks $(DEMO_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_FRAMEWORKS) $(VENV_MMDET) build dist frs_kernels/lib *.egg-info

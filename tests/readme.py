@@ -1,22 +1,23 @@
-"""The code in README.md, so that tests can run it as it stands there."""
+"""The code in README.md and other pages, so that tests can run it as it stands there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def code_after(words: str) -> str:
+def code_after(words: str, page: str = PAGE) -> str:
     """The first block of Python after these words, which are on the page once.
 
     Raises:
         ValueError: they are not.
     """
-    _, found, rest = PAGE.partition(words)
+    _, found, rest = page.partition(words)
     if not found or words in rest:
-        raise ValueError(f"README.md does not have {words!r} once")
+        raise ValueError(f"the page does not have {words!r} once")
     block: str = re.findall(r"```python\n(.*?)```", rest, flags=re.DOTALL)[0]
     return block

@@ -1,0 +1,1 @@
+"""Distils a torchvision detector and an Ultralytics model on the digits: `python -m examples.frameworks`."""
