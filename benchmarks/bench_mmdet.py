@@ -58,8 +58,8 @@ def authors_loop(model: Any, inputs: Tensor, samples: list[Any], twice: bool) ->
         feat = feat + (((s - t) ** 2) * mask.unsqueeze(1)).sum() / mask.sum()
         bce = torch.nn.functional.binary_cross_entropy(prediction, target, reduction="none")
         cls = cls + (bce * mask.unsqueeze(1)).sum() / mask.sum()
-    losses["loss_frs_feat"] = model.options["feat_weight"] * feat
-    losses["loss_frs_cls"] = model.options["cls_weight"] * cls
+    losses["loss_frs_feat"] = model.criterion.feat_weight * feat
+    losses["loss_frs_cls"] = model.criterion.cls_weight * cls
     return losses
 
 

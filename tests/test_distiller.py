@@ -137,6 +137,16 @@ def test_a_mask_of_the_teachers_logits():
     assert torch.allclose(losses["loss_frs_cls"], terms.cls, rtol=1e-6)
 
 
+def test_levels_that_are_chosen():
+    d, x = distiller(levels=[2, 0], level_weights=[1.0, 3.0]), images()
+    feats, t_feats = d.student.neck(x), d.teacher.neck(x)
+    z = [d.teacher.head.cls(v) for v in t_feats]
+    adapted = d.adapter([feats[2], feats[0]])
+    right = fsr_loss(adapted, [t_feats[2], t_feats[0]], None, [z[2], z[0]], level_weights=[1.0, 3.0])
+    assert torch.allclose(d(x)["loss_frs_feat"], right, rtol=1e-6)
+    assert len(d.terms.mass) == 2
+
+
 def test_warmup_and_schedule():
     d, x = distiller(warmup=4, schedule="cosine", steps=10), images()
     full = by_hand(d, x)
@@ -352,7 +362,12 @@ class Branching(Detector):
         (lambda s, t: Distiller(s, t, recipe="ultralytics"), "Detector is no detection model of Ultralytics"),
         (lambda s, t: Distiller(s, t, recipe="transformers"), "Detector is no RT-DETR or D-FINE"),
         (lambda s, t: distiller(s, t, level_weights=[1.0]), "level_weights has 1 entries, there are 3 levels"),
-        (lambda s, t: distiller(s, t, of_teacher={"feats": ["neck.convs.0", "neck.convs.1"]}), "the same strides"),
+        (lambda s, t: distiller(s, t, of_teacher={"feats": ["neck.convs.0", "neck.convs.1"]}), "with levels="),
+        (lambda s, t: distiller(s, t, of_teacher={"feats": [f"neck.convs.{i}" for i in (1, 0, 2)]}), "same strides"),
+        (lambda s, t: distiller(s, t, levels=[0, 3]), "give distinct indices from 0 to 2"),
+        (lambda s, t: distiller(s, t, gradient_share=0), "target must be positive"),
+        (lambda s, t: distiller(s, t, gradient_share=(1.0, 1.0, 1.0)), "one number, or the features' and the logits'"),
+        (lambda s, t: distiller(s, t, gradient_share=0.1, feat_weight=torch.ones(())), "sets the weights"),
         (lambda s, t: distiller(s, t, example=[[EXAMPLE[0]]]), "cannot be run on the example"),
         (lambda s, t: Distiller(s, t), "nothing to collect"),
         (lambda s, t: distiller(nn.DataParallel(s), t), "wrap the distiller"),

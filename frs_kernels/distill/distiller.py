@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
+from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, ramp
 from frs_kernels.distill.tap import COMPILED, Source, Tap
-from frs_kernels.functional import FSRTerms, fsr_loss
-from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.modules import FSRLoss
 from frs_kernels.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Recipe(NamedTuple):
     """What the images are normalised by inside the model: student and teacher must agree."""
 
 
-class Distiller(nn.Module):
+class Distiller(Distilling, nn.Module):
     """A student and its frozen teacher. Calling it is calling the student: the same arguments, the same return.
 
         distiller = Distiller(student, teacher, feats="neck", logits="head.cls", preset="gfl")
@@ -67,7 +66,8 @@ class Distiller(nn.Module):
     to what the student returns, if that is a dict of scalars; else `loss()` hands out their sum. In eval mode it is
     the student alone. The teacher is outside the module tree: in no checkpoint, optimiser or DDP bucket. `train()`
     leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model. DDP wraps
-    the distiller, not the student; torch.compile takes the student or its parts, not the distiller.
+    the distiller, not the student; torch.compile takes the student or its parts, not the distiller. `distiller.terms`
+    are the last call's (`FSRTerms`).
 
     Args:
         student, teacher: detectors. The teacher is frozen and put into eval mode.
@@ -79,6 +79,10 @@ class Distiller(nn.Module):
         preset: a name in `frs_kernels.PRESETS`; None for weights of 1. With a cls_weight of 0 the head is left out.
         mask: "richness", "ones", or a function of the teacher's logits (a list of (N, K, H, W)) that gives (N, H, W)
             a level; `frs_kernels.distill.masks` has some.
+        levels: indices of the levels that are distilled, of both; all by default.
+        gradient_share: hold each term where its gradient, at the features or at the class logits, is this part of that
+            of all other losses (`frs_kernels.distill.GradientShare`), one number or (features', logits'): for detectors
+            whose weights nobody has tuned. It begins at feat_weight and cls_weight. `distiller.shares` has both.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         warmup: calls in training mode over which both losses rise linearly from 0.
         schedule: "constant", or "cosine": then both fall to 0 over `steps` calls.
@@ -93,8 +97,6 @@ class Distiller(nn.Module):
     Where the heads have other classes or anchors, a warning says so and features alone are distilled.
     """
 
-    teacher: nn.Module
-
     def __init__(
         self,
         student: nn.Module,
@@ -107,6 +109,8 @@ class Distiller(nn.Module):
         recipe: str | Recipe | tuple[Recipe, Recipe] | None = None,
         preset: str | None = None,
         mask: Mask = "richness",
+        levels: Sequence[int] | None = None,
+        gradient_share: float | tuple[float, float] | None = None,
         adapter_kernel: int | None = 3,
         warmup: int = 500,
         schedule: str = "constant",
@@ -168,12 +172,13 @@ class Distiller(nn.Module):
         self.warmup = warmup
         self.steps = steps
         self.iteration = 0
-        self.terms: FSRTerms | None = None
         self._losses: dict[str, Tensor] | None = None
         self._warned: set[str] = set()
-        self._measure(example, adapter_kernel)
+        self._measure(example, levels, adapter_kernel)
+        self.shares = make_shares(gradient_share, self.criterion, self.has_feats, self.has_logits)
+        self.shares.to(next(student.parameters()).device)
 
-    def _measure(self, example: Sequence[Any] | None, adapter_kernel: int | None) -> None:
+    def _measure(self, example: Sequence[Any] | None, levels: Sequence[int] | None, adapter_kernel: int | None) -> None:
         """The first pass: whether student and teacher fit, how far the teacher must run, the adapter."""
         like = next(self.student.parameters())
         black = torch.zeros(1, 3, 512, 512, device=like.device, dtype=like.dtype)
@@ -208,18 +213,14 @@ class Distiller(nn.Module):
         self.has_logits = self.recipes[0].logits is not None and not no_weight
         if (self.has_logits or self.mask != "ones") and self.recipes[1].logits is None:
             raise ValueError("the richness is made of the teacher's class logits: name logits, or take mask='ones'")
-        self.adapter: FeatureAdapter | None = None
+        of_student, of_teacher = (tap.feats if self.has_feats else tap.logits for tap in (s, t))
+        self.levels = choose_levels(levels, of_student, of_teacher, images.shape[-1])
+        self.adapter = None
         if self.has_feats:
-            of_student, of_teacher = s.feats, t.feats
-            _check_levels("feats", of_student, of_teacher)
-            ins, outs = [x.shape[1] for x in of_student], [x.shape[1] for x in of_teacher]
-            if adapter_kernel is not None:
-                self.adapter = FeatureAdapter(ins, outs, len(ins), adapter_kernel).to(like.device, like.dtype)
-            elif ins != outs:
-                raise ValueError(f"student has {ins} channels, teacher {outs}: set adapter_kernel=3")
+            self.adapter = make_adapter(self._pick(of_student), self._pick(of_teacher), adapter_kernel)
         if self.has_logits:
-            _check_levels("logits", s.logits, t.logits)
-            ins, outs = [z.shape[1] for z in s.logits], [z.shape[1] for z in t.logits]
+            choose_levels(levels, s.logits, t.logits, images.shape[-1])
+            ins, outs = ([z.shape[1] for z in self._pick(tap.logits)] for tap in (s, t))
             if ins != outs:
                 message = f"student has {ins} class logits a level, teacher {outs}: other classes or anchors"
                 if not self.has_feats:
@@ -228,12 +229,15 @@ class Distiller(nn.Module):
                 self.has_logits = False
         if not self.has_feats and not self.has_logits:
             raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
-        checks.check_level_weights(self.criterion.options.level_weights, len(s.feats if self.has_feats else s.logits))
+        checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
 
-    def _tap(self, model: nn.Module, which: int, stop_at: Sequence[int] | None = None) -> Tap:
+    def _pick(self, levels: list[Tensor]) -> list[Tensor]:
+        return [levels[i] for i in self.levels]
+
+    def _tap(self, model: nn.Module, which: int, **options: Any) -> Tap:
         recipe = self.recipes[which]
         images = recipe.images if which == 0 else None
-        return Tap(model, feats=recipe.feats, logits=recipe.logits, images=images, stop_at=stop_at)
+        return Tap(model, feats=recipe.feats, logits=recipe.logits, images=images, **options)
 
     def _images(self, tap: Tap, arguments: Sequence[Any]) -> Tensor:
         if self.recipes[0].images is not None:
@@ -257,7 +261,7 @@ class Distiller(nn.Module):
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
         version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
-        with self._tap(self.student, 0) as tap:
+        with self._tap(self.student, 0, through=self.through()) as tap:
             returned = self.student(*args, **kwargs)
         if tap.counts != self._counts[0]:
             raise RuntimeError(
@@ -299,69 +303,38 @@ class Distiller(nn.Module):
 
     def ramp(self) -> float:
         """The factor of both losses at this iteration."""
-        rise = min(self.iteration / self.warmup, 1.0) if self.warmup else 1.0
-        if self.steps is None:
-            return rise
-        return rise * 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.steps, 1.0)))
+        return ramp(self.iteration, self.warmup, self.steps)
 
     @torch.no_grad()
     def observe(self, images: Tensor) -> Tap:
         """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
         self.teacher.eval()
-        with self._tap(self.teacher, 1, self._counts[1]) as tap:
+        with self._tap(self.teacher, 1, stop_at=self._counts[1]) as tap:
             self.recipes[1].run(self.teacher, images)
         return tap
 
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
         t = self.observe(images)
-        z = t.logits if self.recipes[1].logits is not None else None
-        of_student = s.feats if self.has_feats else None
-        logits = s.logits if self.has_logits else None
-        for name, levels in (("features", of_student), ("class logits", logits)):
+        of_teacher = self._pick(t.feats) if self.has_feats else None
+        z = self._pick(t.logits) if self.recipes[1].logits is not None else None
+        feats = self._pick(s.feats) if self.has_feats else None
+        logits = self._pick(s.logits) if self.has_logits else None
+        for name, levels in (("features", feats), ("class logits", logits)):
             if levels is not None and torch.is_grad_enabled() and not any(x.requires_grad for x in levels):
                 self._warn(
                     f"the student's {name} carry no gradient, so that it learns nothing from them: they are frozen, "
                     "under no_grad, or inside checkpoint(use_reentrant=True)"
                 )
-        feats = of_student if of_student is None or self.adapter is None else self.adapter(of_student)
         mask = None
         if self.mask == "ones":
-            mask = masks.ones(t.feats if z is None else z)
+            mask = masks.ones(of_teacher or z or [])
         elif not isinstance(self.mask, str):
             assert z is not None
             mask = self.mask(z)
             if mask is None:
                 raise TypeError("mask= returned None; it gives a list of (N, H, W), one a level")
-        ramp = self.ramp()
-        weights = {name: ramp * getattr(self.criterion, name) for name in ("feat_weight", "cls_weight")}
-        terms = fsr_loss(
-            feats,
-            t.feats if self.has_feats else None,
-            logits,
-            z,
-            mask=mask,
-            process_group=self.criterion.process_group,
-            return_terms=True,
-            **weights,
-            **self.criterion.options._asdict(),
-        )
-        self.terms = terms._replace(loss=terms.loss.detach(), feat=terms.feat.detach(), cls=terms.cls.detach())
-        losses = {}
-        if self.has_feats:
-            losses["loss_frs_feat"] = weights["feat_weight"] * terms.feat
-        if self.has_logits:
-            losses["loss_frs_cls"] = weights["cls_weight"] * terms.cls
-        return losses
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        self.teacher._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "teacher":  # past nn.Module's, which would make it a submodule
-            self.__dict__[name] = value.eval().requires_grad_(False)
-        else:
-            super().__setattr__(name, value)
+        group = self.criterion.process_group
+        return self.imitate(feats, of_teacher, logits, z, mask=mask, ramp=self.ramp(), process_group=group)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no loss to hand out: tensors of a graph can be neither copied nor pickled."""
@@ -376,11 +349,3 @@ class Distiller(nn.Module):
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
-
-
-def _check_levels(name: str, student: list[Tensor], teacher: list[Tensor]) -> None:
-    sizes = [[(x.shape[2], x.shape[3]) for x in levels] for levels in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{name}: student has levels of {sizes[0]}, teacher of {sizes[1]} (H, W); both must have the same strides"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ class GradientShare(nn.Module):
         self.weight.mul_(torch.where(usable, (1 - keep) * change, 0).exp())
         self.updates.add_(usable)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.weight = self.weight.float()  # in a model of 16 bits, too
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy waits for no backward pass."""
         return {**self.__dict__, "_seen": []}
@@ -117,7 +122,8 @@ class _Seen:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
 
 
 class _Branch(torch.autograd.Function):

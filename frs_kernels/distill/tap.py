@@ -209,7 +209,7 @@ class _Recorder:
         return self.module.register_forward_hook(self.see_output)
 
     def see_input(self, module: nn.Module, arguments: Any) -> None:
-        self._see(tuple(map(_copied, arguments)))
+        self._see(arguments if self.source.pick else tuple(map(_copied, arguments)))
 
     def see_output(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._see(_copied(output))
@@ -221,6 +221,8 @@ class _Recorder:
         return {**self.__dict__, "calls": [], "versions": []}
 
     def _see(self, emitted: Any) -> None:
+        if self.source.pick is not None:
+            emitted = _copied(self.source.pick(emitted))
         self.calls.append(emitted)
         self.versions += [t._version for t in _tensors_in(emitted)]
         if self.stop is not None and all(len(r.calls) >= n for r, n in zip(*self.stop, strict=True)):
@@ -269,8 +271,6 @@ def _module(model: nn.Module, argument: str, name: str) -> nn.Module:
 
 def _flatten(name: str, source: Output | Input, emitted: Any) -> list[Tensor]:
     """The tensors of one call, in order."""
-    if source.pick is not None:
-        emitted = source.pick(emitted)
     if isinstance(emitted, Tensor):
         return [emitted]
     if isinstance(emitted, Mapping):

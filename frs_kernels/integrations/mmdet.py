@@ -20,8 +20,7 @@ with s, x the neck's and head's outputs that the student's own losses are made o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,23 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.logging import MessageHub
-from torch import Tensor, nn
+from torch import Tensor
 
-from frs_kernels import PRESETS, FeatureAdapter, FSRLoss, FSRTerms, Richness, checks, fsr_loss, richness_mask
-from frs_kernels.distill import masks
+from frs_kernels import PRESETS, FSRLoss, Richness, checks, richness_mask
+from frs_kernels.distill import Tap, masks
+from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, ramp, strides
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
 from frs_kernels.integrations.mmdet_pair import (
     PROBE_SIDE,
     Emitted,
     check_normalisation,
     check_pair,
-    choose_levels,
     dense_head,
     load_teacher,
     model_config,
     probe,
     run,
+    sources,
 )
 
 TERMS = ("both", "features", "head")
@@ -53,7 +53,7 @@ MASKS = ("richness", "threshold", "ones", "boxes")
 
 
 @MODELS.register_module()
-class FRSDistiller(BaseDetector):
+class FRSDistiller(Distilling, BaseDetector):
     """A student detector that is trained with its own losses and `fsr_loss` (arXiv 2111.00674).
 
     The teacher is kept out of the module tree: it is in no checkpoint, optimiser or DDP bucket, `train()` leaves it in
@@ -73,6 +73,8 @@ class FRSDistiller(BaseDetector):
         centerness: multiplies the richness by sigmoid(centerness), for heads that emit it (FCOS, ATSS).
         levels: indices of the levels that are distilled; all by default.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
+        gradient_share: hold each term where its gradient, at the neck's or the head's output, is this part of that of
+            all other losses: one number or (features', head's). It begins at the weights; frs_weight_* are logged.
         warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
             resumed run goes on where it was. Where there has been no runner there is no warm-up.
         average_mass: average M_l over the processes of `torch.distributed`; each keeps its own by default.
@@ -102,6 +104,7 @@ class FRSDistiller(BaseDetector):
         centerness: bool = False,
         levels: Sequence[int] | None = None,
         adapter_kernel: int | None = 3,
+        gradient_share: float | tuple[float, float] | None = None,
         warmup: int = 500,
         average_mass: bool = False,
         data_preprocessor: dict[str, Any] | None = None,
@@ -118,7 +121,7 @@ class FRSDistiller(BaseDetector):
                 raise ValueError(f"threshold={threshold}: no richness is above it; give a number from 0 to below 1")
         if centerness and mask in ("ones", "boxes"):
             raise ValueError(f"centerness=True multiplies the richness, which mask={mask!r} does not use")
-        options = _options(preset, loss)
+        criterion = FSRLoss(**_options(preset, loss))  # refuses an unknown option
 
         student_cfg, teacher_cfg = model_config("student", student), model_config("teacher", teacher)
         if isinstance(data_preprocessor, dict):
@@ -127,8 +130,8 @@ class FRSDistiller(BaseDetector):
         built: BaseDetector = MODELS.build(student_cfg)
         super().__init__(built.data_preprocessor, init_cfg)
         self.student = built
-        self.options = options
-        self.terms = terms
+        self.criterion = criterion
+        self.has_feats, self.has_logits = terms != "head", terms != "features"
         self.mask = mask
         self.threshold = threshold
         self.centerness = centerness
@@ -136,63 +139,46 @@ class FRSDistiller(BaseDetector):
         self.average_mass = average_mass
         frozen = MODELS.build(teacher_cfg)
         load_teacher(frozen, teacher_checkpoint)
-        # Past nn.Module.__setattr__, which would make it a submodule.
-        self.__dict__["teacher"] = frozen.eval().requires_grad_(False)
+        self.teacher = frozen
 
         s, t = probe("student", self.student), probe("teacher", self.teacher)
-        self.levels = choose_levels(levels, s, t)
+        self.levels = choose_levels(levels, s.logits, t.logits, PROBE_SIDE)
         s, t = self._pick(s), self._pick(t)
-        checks.check_level_weights(options.get("level_weights"), len(self.levels))
-        self.strides = [PROBE_SIDE // z.shape[-1] for z in t.logits]
-        check_pair(self.student, self.teacher, s, t, self.levels, terms != "features", centerness)
-        channels = [x.shape[1] for x in s.feats], [x.shape[1] for x in t.feats]
-        self.adapter = None
-        if terms != "head" and adapter_kernel is not None:
-            self.adapter = FeatureAdapter(*channels, len(self.levels), adapter_kernel)
-        elif terms != "head" and channels[0] != channels[1]:
-            raise ValueError(f"student has {channels[0]} channels, teacher {channels[1]}: set adapter_kernel=3")
+        checks.check_level_weights(criterion.options.level_weights, len(self.levels))
+        self.strides = strides(t.logits, PROBE_SIDE)
+        check_pair(self.student, self.teacher, s, t, self.levels, self.has_logits, centerness)
+        self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
+        if isinstance(gradient_share, list):  # a config file's tuple
+            gradient_share = tuple(gradient_share)
+        self.shares = make_shares(gradient_share, criterion, self.has_feats, self.has_logits)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """The student's own losses with loss_frs_feat, loss_frs_cls and frs_mass_<level>."""
         # The teacher first: what it needs on the way is freed before the student's graph is there.
         t = self.observe_teacher(batch_inputs)
-        with _emitted(dense_head(self.student)) as calls:
+        with Tap(self.student, **sources(self.student), through=self.through()) as tap:
             losses: dict[str, Any] = self.student.loss(batch_inputs, batch_data_samples)
-        if len(calls) != 1:
+        if tap.counts != [1, 1]:
             head = type(dense_head(self.student)).__name__
-            raise RuntimeError(f"the student's loss called its {head} {len(calls)} times; it must be called once")
-        s = self._pick(calls[0])
-        ramp = self.ramp()
-        weights = {name: ramp * self.options.get(name, 1.0) for name in ("feat_weight", "cls_weight")}
-        terms = self.distil(s, t, batch_data_samples, weights)
-        if self.terms != "head":
-            losses["loss_frs_feat"] = weights["feat_weight"] * terms.feat
-        if self.terms != "features":
-            losses["loss_frs_cls"] = weights["cls_weight"] * terms.cls
-        losses |= {f"frs_mass_{level}": mass for level, mass in zip(self.levels, terms.mass, strict=True)}
+            raise RuntimeError(f"the student's loss called its {head} {tap.counts[0]} times; it must be called once")
+        s = self._pick(Emitted(tap.feats, tap.logits, ()))
+        losses |= self.distil(s, t, batch_data_samples)
+        assert self.terms is not None
+        losses |= {f"frs_mass_{level}": mass for level, mass in zip(self.levels, self.terms.mass, strict=True)}
         return losses
 
-    def distil(self, s: Emitted, t: Emitted, samples: list[Any], weights: dict[str, float]) -> FSRTerms:
-        """`fsr_loss` of what student and teacher emitted at the levels that are distilled."""
-        features, head = self.terms != "head", self.terms != "features"
-        feats = self.adapter(s.feats) if self.adapter else s.feats
+    def distil(self, s: Emitted, t: Emitted, samples: list[Any]) -> dict[str, Tensor]:
+        """The losses of what student and teacher emitted at the levels that are distilled."""
         distributed = self.average_mass and torch.distributed.is_initialized()
-        terms: FSRTerms = fsr_loss(
-            feats if features else None,
-            t.feats if features else None,
-            s.logits if head else None,
-            t.logits,
-            mask=self._mask(t, samples),
-            process_group=torch.distributed.group.WORLD if distributed else None,
-            return_terms=True,
-            **self.options | weights,
-        )
-        return terms
+        group = torch.distributed.group.WORLD if distributed else None
+        mask = self._mask(t, samples)
+        losses = self.imitate(s.feats, t.feats, s.logits, t.logits, mask=mask, ramp=self.ramp(), process_group=group)
+        return losses | {f"frs_weight_{name}": share.weight.clone() for name, share in self.named_shares()}
 
     def ramp(self) -> float:
         """The warm-up's factor at the runner's iteration; 1 where there is no runner."""
         iteration = MessageHub.get_current_instance().get_info("iter")
-        return 1.0 if iteration is None or self.warmup == 0 else min(iteration / self.warmup, 1.0)
+        return 1.0 if iteration is None else ramp(iteration, self.warmup)
 
     @torch.no_grad()
     def observe_teacher(self, batch_inputs: Tensor) -> Emitted:
@@ -204,7 +190,7 @@ class FRSDistiller(BaseDetector):
         return self._score(self.observe_teacher(batch_inputs))
 
     def _score(self, t: Emitted) -> Richness:
-        return richness_mask(t.logits, backend=self.options.get("backend", "auto"))
+        return richness_mask(t.logits, backend=self.criterion.options.backend)
 
     def _mask(self, t: Emitted, samples: list[Any]) -> list[Tensor] | None:
         """(N, H, W) a level; None for the richness itself, which `fsr_loss` makes."""
@@ -223,10 +209,6 @@ class FRSDistiller(BaseDetector):
     def _pick(self, emitted: Emitted) -> Emitted:
         feats, logits, outputs = emitted
         return Emitted([feats[i] for i in self.levels], [logits[i] for i in self.levels], outputs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        self.teacher._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith((f"{prefix}student.", f"{prefix}adapter.")) for key in state_dict):
@@ -252,21 +234,6 @@ class FRSDistiller(BaseDetector):
         return self.student.extract_feat(batch_inputs)
 
 
-@contextmanager
-def _emitted(head: nn.Module) -> Iterator[list[Emitted]]:
-    """Fills a list with one `Emitted` a call of `head`."""
-    calls: list[Emitted] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        calls.append(Emitted(list(args[0]), list(outputs[0]), outputs))
-
-    handle = head.register_forward_hook(keep)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
 def _options(preset: str | None, loss: Any) -> dict[str, Any]:
     """The keywords of `fsr_loss`: the preset's, and over them the config's own."""
     if preset is not None:
@@ -276,5 +243,4 @@ def _options(preset: str | None, loss: Any) -> dict[str, Any]:
     options = {**(PRESETS[preset] if preset else {}), **(loss or {})}
     if taken := {"return_terms", "process_group"} & set(options):
         raise ValueError(f"loss has {', '.join(sorted(taken))}: set by FRSDistiller itself (average_mass=True)")
-    FSRLoss(**options)  # refuses an unknown option
     return options

@@ -19,6 +19,8 @@ from mmengine.hub import get_config
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 
+from frs_kernels.distill import Input, Output
+
 PROBE_SIDE = 512  # the largest stride that it can tell
 
 
@@ -34,6 +36,16 @@ def dense_head(detector: BaseDetector) -> Any:
     """The head whose class logits are distilled: the RPN's of a two-stage detector, as the paper's authors did."""
     head = getattr(detector, "rpn_head", None)
     return getattr(detector, "bbox_head", None) if head is None else head
+
+
+def sources(detector: BaseDetector) -> dict[str, Any]:
+    """For `Tap`: what the dense head is given, and the class logits that it returns."""
+    name = "bbox_head" if getattr(detector, "rpn_head", None) is None else "rpn_head"
+    return {"feats": Input(name, _first), "logits": Output(name, _first)}
+
+
+def _first(found: Sequence[Any]) -> Any:
+    return found[0]
 
 
 def run(detector: BaseDetector, images: Tensor) -> Emitted:
@@ -119,21 +131,6 @@ def probe(name: str, detector: BaseDetector) -> Emitted:
         detector.train(training)
 
 
-def choose_levels(levels: Sequence[int] | None, s: Emitted, t: Emitted) -> list[int]:
-    if levels is None:
-        if len(s.logits) != len(t.logits):
-            raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: other levels; say which with levels=")
-        return list(range(len(s.logits)))
-    most = min(len(s.logits), len(t.logits))
-    if not levels or len(set(levels)) < len(levels) or not all(isinstance(i, int) and 0 <= i < most for i in levels):
-        raise ValueError(f"levels={list(levels)}: give distinct indices from 0 to {most - 1}")
-    return list(levels)
-
-
-def _strides(emitted: Emitted) -> str:
-    return f"{len(emitted.logits)} levels of strides {[PROBE_SIDE // z.shape[-1] for z in emitted.logits]}"
-
-
 def check_pair(
     student: BaseDetector,
     teacher: BaseDetector,
@@ -144,8 +141,6 @@ def check_pair(
     centerness: bool,
 ) -> None:
     """Student and teacher fit each other at the levels that are distilled; `s` and `t` are what they emit there."""
-    if [z.shape[-2:] for z in s.logits] != [z.shape[-2:] for z in t.logits]:
-        raise ValueError(f"student has {_strides(s)}, teacher {_strides(t)}: both must have the same strides")
     if head:
         classes = [_classes(detector) for detector in (student, teacher)]
         channels = [[z.shape[1] for z in emitted.logits] for emitted in (s, t)]

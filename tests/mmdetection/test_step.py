@@ -185,6 +185,20 @@ def test_levels_that_are_left_out_add_nothing(rng, teacher_file):
     assert {key for key in losses if key.startswith("frs_mass")} == {"frs_mass_0", "frs_mass_2"}
 
 
+def test_a_gradient_share_is_held(rng, teacher_file):
+    """The head's pull at the logits, as a part of that of the detector's own losses."""
+    model = distiller("gfl", teacher_file("gfl"), terms="head", gradient_share=[0.3, 0.3])
+    inputs, samples = batch(rng)
+    for _ in range(2):
+        losses = model.loss(inputs, samples)
+        loss, _ = model.parse_losses(losses)
+        loss.backward()
+    assert losses["frs_weight_cls"] != 0.05
+    model.loss(inputs, samples)
+    share = model.shares["cls"]
+    assert abs(share.term.norm() / share.own.norm() - 0.3) <= 1e-3
+
+
 def test_options_of_the_loss_reach_it(rng, teacher_file):
     file = teacher_file("gfl")
     inputs, samples = batch(rng)

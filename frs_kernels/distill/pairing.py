@@ -1,0 +1,167 @@
+"""What every distiller does with a student and its teacher, whatever framework the two are of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from frs_kernels.distill.share import GradientShare
+from frs_kernels.functional import FSRTerms, fsr_loss
+from frs_kernels.modules import FeatureAdapter, FSRLoss
+
+Levels = Sequence[Tensor]
+
+
+def ramp(iteration: int, warmup: int, steps: int | None = None) -> float:
+    """The factor of both losses: up to 1 over `warmup` iterations, and with `steps` along a cosine down to 0 there."""
+    rise = min(iteration / warmup, 1.0) if warmup else 1.0
+    return rise if steps is None else rise * 0.5 * (1 + math.cos(math.pi * min(iteration / steps, 1.0)))
+
+
+def strides(levels: Levels, width: int) -> list[int]:
+    """Pixels of an image of this width to a cell, one number a level."""
+    return [round(width / x.shape[3]) for x in levels]
+
+
+def choose_levels(levels: Sequence[int] | None, student: Levels, teacher: Levels, width: int) -> list[int]:
+    """Which levels are distilled, `levels` or all, where those fit each other.
+
+    Raises:
+        ValueError: levels are no distinct indices; without them, other numbers of levels; other sizes.
+    """
+    theirs = [f"{len(each)} levels of strides {strides(each, width)}" for each in (student, teacher)]
+    found = f"student has {theirs[0]}, teacher {theirs[1]}"
+    if levels is None:
+        if len(student) != len(teacher):
+            raise ValueError(f"{found}: other levels; say which with levels=")
+        levels = range(len(student))
+    most = min(len(student), len(teacher))
+    if not levels or len(set(levels)) < len(levels) or not all(isinstance(i, int) and 0 <= i < most for i in levels):
+        raise ValueError(f"levels={list(levels)}: give distinct indices from 0 to {most - 1}")
+    if [student[i].shape[2:] for i in levels] != [teacher[i].shape[2:] for i in levels]:
+        raise ValueError(f"{found}: both must have the same strides")
+    return list(levels)
+
+
+def make_adapter(student: Levels, teacher: Levels, kernel_size: int | None) -> FeatureAdapter | None:
+    """An adapter that brings the student's channels to the teacher's; None for a kernel_size of None.
+
+    Raises:
+        ValueError: there is to be none, but the channels differ.
+    """
+    ins, outs = ([x.shape[1] for x in levels] for levels in (student, teacher))
+    if kernel_size is not None:
+        return FeatureAdapter(ins, outs, len(ins), kernel_size).to(student[0].device, student[0].dtype)
+    if ins != outs:
+        raise ValueError(f"student has {ins} channels, teacher {outs}: set adapter_kernel=3")
+    return None
+
+
+def make_shares(
+    target: float | tuple[float, float] | None, criterion: FSRLoss, feats: bool, logits: bool
+) -> nn.ModuleDict:
+    """A `GradientShare` for each term that is distilled, "feat" and "cls", beginning at the criterion's weights."""
+    if target is None:
+        return nn.ModuleDict()
+    targets = target if isinstance(target, tuple) else (target, target)
+    if len(targets) != 2:
+        raise ValueError(f"gradient_share={target}: give one number, or the features' and the logits'")
+    weights = criterion.feat_weight, criterion.cls_weight
+    if any(isinstance(w, Tensor) for w in weights):
+        raise ValueError("gradient_share sets the weights; feat_weight and cls_weight, numbers, are where it begins")
+    return nn.ModuleDict(
+        {
+            name: GradientShare(share, float(weight))
+            for name, share, weight, wanted in zip(("feat", "cls"), targets, weights, (feats, logits), strict=True)
+            if wanted
+        }
+    )
+
+
+class Distilling:
+    """A student and its frozen teacher, for a subclass of nn.Module.
+
+    The teacher is kept out of the module tree: it is in no checkpoint, optimiser or DDP bucket, and `.to()`, `.half()`
+    and the like move it along.
+    """
+
+    student: Any
+    teacher: Any
+    criterion: FSRLoss
+    adapter: FeatureAdapter | None
+    shares: nn.ModuleDict
+    has_feats: bool
+    has_logits: bool
+    terms: FSRTerms | None = None
+    """Of the last step."""
+    last_ramp = 1.0
+
+    def through(self) -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
+        """For a `Tap` on the student, in a step; takes what the last step's backward pass has shown."""
+        found: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
+        for name, share in self.named_shares():
+            share.update(self.last_ramp)
+            found["feats" if name == "feat" else "logits"] = share.watch
+        return found
+
+    def named_shares(self) -> Iterator[tuple[str, GradientShare]]:
+        """ "feat" and "cls", those whose gradient is held."""
+        for name, share in self.shares.items():
+            assert isinstance(share, GradientShare)
+            yield name, share
+
+    def imitate(
+        self,
+        student_feats: Levels | None,
+        teacher_feats: Levels | None,
+        student_logits: Levels | None,
+        teacher_logits: Levels | None,
+        *,
+        mask: Levels | None,
+        ramp: float,
+        process_group: Any = None,
+    ) -> dict[str, Tensor]:
+        """ramp * feat_weight * feat as "loss_frs_feat" and ramp * cls_weight * cls as "loss_frs_cls" (`fsr_loss`)."""
+        if self.has_feats and self.adapter is not None and student_feats is not None:
+            student_feats = self.adapter(student_feats)
+        weights: dict[str, Any] = {
+            "feat": ramp * self.criterion.feat_weight,
+            "cls": ramp * self.criterion.cls_weight,
+        }
+        in_loss = weights
+        if self.shares:
+            in_loss = {"feat": 1.0, "cls": 1.0}  # numbers, with which the gradient can be stored in the forward pass
+            weights |= {name: ramp * share.weight for name, share in self.named_shares()}
+        terms = fsr_loss(
+            student_feats if self.has_feats else None,
+            teacher_feats if self.has_feats else None,
+            student_logits if self.has_logits else None,
+            teacher_logits,
+            mask=mask,
+            process_group=process_group,
+            return_terms=True,
+            feat_weight=in_loss["feat"],
+            cls_weight=in_loss["cls"],
+            **self.criterion.options._asdict(),
+        )
+        self.last_ramp = ramp
+        self.terms = terms._replace(loss=terms.loss.detach(), feat=terms.feat.detach(), cls=terms.cls.detach())
+        losses = {}
+        if self.has_feats:
+            losses["loss_frs_feat"] = weights["feat"] * terms.feat
+        if self.has_logits:
+            losses["loss_frs_cls"] = weights["cls"] * terms.cls
+        return losses
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        self.teacher._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # past nn.Module's, which would make it a submodule
+            self.__dict__[name] = value.eval().requires_grad_(False)
+        else:
+            super().__setattr__(name, value)
