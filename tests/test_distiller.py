@@ -19,6 +19,7 @@ from toy_detectors import Detector, images
 from frs_kernels import PRESETS, FSRTerms, fsr_loss
 from frs_kernels.distill import Distiller, masks
 from frs_kernels.distill.distiller import Recipe
+from frs_kernels.distill.pairing import UNUSED
 
 EXAMPLE = (torch.zeros(1, 3, 64, 64),)
 
@@ -308,6 +309,37 @@ def test_features_without_a_gradient_are_said():
     d = distiller(s, t)
     with pytest.warns(UserWarning, match="the student's features carry no gradient"):
         d(images())
+
+
+def test_a_loss_that_nobody_goes_backward_through_is_said():
+    """A student's own total in the dict, which training takes instead of the sum."""
+    d, x = distiller(Returning(lambda losses: {"loss": losses["loss_cls"]})), images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(UNUSED):
+            d(x)["loss"].backward()
+    with pytest.warns(UserWarning, match="none of the last 32 calls' loss_frs_feat and loss_frs_cls"):
+        d(x)["loss"].backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        d = distiller()
+        for _ in range(UNUSED // 8):
+            sum(sum(d(x).values()) for _ in range(8)).backward()
+            with torch.no_grad():
+                d(x)
+        for _ in range(UNUSED + 1):
+            sum(d(x).values()).backward()
+
+
+def test_to_empty_leaves_the_teacher_its_weights():
+    d = distiller()
+    before = copy.deepcopy(d.teacher.state_dict())
+    d.to_empty(device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), d.teacher.state_dict().values(), strict=True))
+    d.student.load_state_dict(pair()[0].state_dict())
+    d.teacher.to("meta")
+    with pytest.raises(ValueError, match="the teacher is on the meta device: load its weights"):
+        d.to_empty(device="cpu")
 
 
 class InPlace(Detector):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from frs_kernels.functional import FSRTerms, fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 
 Levels = Sequence[Tensor]
+UNUSED = 32  # calls, more than anybody adds up before a backward pass
 
 
 def ramp(iteration: int, warmup: int, steps: int | None = None) -> float:
@@ -98,6 +100,8 @@ class Distilling:
     terms: FSRTerms | None = None
     """Of the last step."""
     last_ramp = 1.0
+    _unused = 0
+    _said = False
 
     def through(self) -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
         """For a `Tap` on the student, in a step; takes what the last step's backward pass has shown."""
@@ -154,11 +158,39 @@ class Distilling:
             losses["loss_frs_feat"] = weights["feat"] * terms.feat
         if self.has_logits:
             losses["loss_frs_cls"] = weights["cls"] * terms.cls
+        for loss in losses.values():
+            if loss.requires_grad:
+                self._unused += 1
+                loss.register_hook(self._use)
+        if self._unused > UNUSED * len(losses) and not self._said:
+            self._said = True
+            warnings.warn(
+                f"none of the last {UNUSED} calls' loss_frs_feat and loss_frs_cls was gone backward through: the "
+                "student trains without them; add them to the loss, sum(losses.values()), or take distiller.loss()",
+                stacklevel=4,
+            )
         return losses
+
+    def _use(self, gradient: Tensor) -> None:
+        self._unused = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)  # type: ignore[misc]
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+        """nn.Module's, which leaves memory as it is: for a student whose weights come later. The teacher keeps its own.
+
+        Raises:
+            ValueError: the teacher has none.
+        """
+        if any(t.is_meta for t in (*self.teacher.parameters(), *self.teacher.buffers())):
+            raise ValueError("the teacher is on the meta device: load its weights before it is given to a distiller")
+        kept, self.__dict__["teacher"] = self.teacher.to(device), nn.Module()
+        try:
+            return super().to_empty(device=device, recurse=recurse)  # type: ignore[misc]
+        finally:
+            self.__dict__["teacher"] = kept
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "teacher":  # past nn.Module's, which would make it a submodule
