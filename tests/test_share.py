@@ -177,6 +177,11 @@ def test_a_distiller_holds_both_terms(kind):
         share = d.shares[name]
         assert torch.allclose(share.term.norm() / share.own.norm(), torch.tensor(target), rtol=0.01)
         assert share.updates == 60
+        logged = d.logged()
+        assert logged[f"frs_weight_{name}"] == share.weight
+        assert torch.equal(share.levels, share.term / share.own)
+        if len(share.levels) == 3:
+            assert [logged[f"frs_share_{name}_{level}"] for level in range(3)] == share.levels.tolist()
     assert {"shares.feat.weight", "shares.cls.weight"} <= set(d.state_dict())
 
 

@@ -95,6 +95,7 @@ class Distilling:
     criterion: FSRLoss
     adapter: FeatureAdapter | None
     shares: nn.ModuleDict
+    levels: list[int]
     has_feats: bool
     has_logits: bool
     terms: FSRTerms | None = None
@@ -116,6 +117,16 @@ class Distilling:
         for name, share in self.shares.items():
             assert isinstance(share, GradientShare)
             yield name, share
+
+    def logged(self) -> dict[str, Tensor]:
+        """frs_weight_<term>, and frs_share_<term>_<level>, what the term's last gradient was of the rest's."""
+        found = {}
+        for name, share in self.named_shares():
+            found[f"frs_weight_{name}"] = share.weight.clone()
+            if share.levels is not None and len(share.levels) == len(self.levels):
+                shares = zip(self.levels, share.levels, strict=True)
+                found |= {f"frs_share_{name}_{level}": value for level, value in shares}
+        return found
 
     def imitate(
         self,

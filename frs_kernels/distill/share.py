@@ -56,6 +56,11 @@ class GradientShare(nn.Module):
         """(L,), the norm of the term's."""
         self._seen: list[_Seen] = []
 
+    @property
+    def levels(self) -> Tensor | None:
+        """(L,), what `term` is of `own`, a number a tensor that was watched; None before the first update."""
+        return None if self.term is None or self.own is None else self.term / self.own
+
     def watch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors, for the term alone."""
         return [self._watch(x) if x.requires_grad and torch.is_grad_enabled() else x for x in tensors]

@@ -74,7 +74,8 @@ class FRSDistiller(Distilling, BaseDetector):
         levels: indices of the levels that are distilled; all by default.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         gradient_share: hold each term where its gradient, at the neck's or the head's output, is this part of that of
-            all other losses: one number or (features', head's). It begins at the weights; frs_weight_* are logged.
+            all other losses: one number or (features', head's). It begins at the weights; frs_weight_* and frs_share_*
+            are logged.
         warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
             resumed run goes on where it was. Where there has been no runner there is no warm-up.
         average_mass: average M_l over the processes of `torch.distributed`; each keeps its own by default.
@@ -173,7 +174,7 @@ class FRSDistiller(Distilling, BaseDetector):
         group = torch.distributed.group.WORLD if distributed else None
         mask = self._mask(t, samples)
         losses = self.imitate(s.feats, t.feats, s.logits, t.logits, mask=mask, ramp=self.ramp(), process_group=group)
-        return losses | {f"frs_weight_{name}": share.weight.clone() for name, share in self.named_shares()}
+        return losses | self.logged()
 
     def ramp(self) -> float:
         """The warm-up's factor at the runner's iteration; 1 where there is no runner."""

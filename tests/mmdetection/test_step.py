@@ -194,8 +194,9 @@ def test_a_gradient_share_is_held(rng, teacher_file):
         loss, _ = model.parse_losses(losses)
         loss.backward()
     assert losses["frs_weight_cls"] != 0.05
-    model.loss(inputs, samples)
+    losses = model.loss(inputs, samples)
     share = model.shares["cls"]
+    assert [losses[f"frs_share_cls_{level}"] for level in range(5)] == (share.term / share.own).tolist()
     assert abs(share.term.norm() / share.own.norm() - 0.3) <= 1e-3
 
 
