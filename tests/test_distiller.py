@@ -407,7 +407,7 @@ class Branching(Detector):
         (lambda s, t: distiller(s, t, return_terms=True), "return_terms is the distiller's own"),
         (lambda s, t: distiller(s, t, of_teacher={"images": "neck"}), r"of_teacher has \['images'\]"),
         (lambda s, t: distiller(s, t, feats=None, cls_weight=0), "nothing to distil: cls_weight is 0"),
-        (lambda s, t: distiller(s, t.half()), "the teacher cannot be run on the images"),
+        (lambda s, t: (setattr(t.neck.convs, "0", nn.Conv2d(4, 9, 3)), distiller(s, t)), "the teacher cannot be run"),
         (lambda s, t: distiller(s, t, mask=lambda z: None)(images()), "mask= returned None"),
     ],
 )  # fmt: skip

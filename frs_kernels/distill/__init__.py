@@ -7,5 +7,6 @@ from frs_kernels.distill import masks
 from frs_kernels.distill.distiller import Distiller, Recipe
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.tap import Input, Mean, Output, Tap
+from frs_kernels.distill.teacher import fast_teacher
 
-__all__ = ["Distiller", "GradientShare", "Input", "Mean", "Output", "Recipe", "Tap", "masks"]
+__all__ = ["Distiller", "GradientShare", "Input", "Mean", "Output", "Recipe", "Tap", "fast_teacher", "masks"]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
-from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, ramp
+from frs_kernels.distill.pairing import Distilling, check_finite, choose_levels, make_adapter, make_shares, ramp
 from frs_kernels.distill.tap import COMPILED, Source, Tap
+from frs_kernels.distill.teacher import fast_teacher as make_fast
 from frs_kernels.modules import FSRLoss
 from frs_kernels.presets import PRESETS
 
@@ -84,6 +85,9 @@ class Distiller(Distilling, nn.Module):
             of all other losses (`frs_kernels.distill.GradientShare`), one number or (features', logits'): for detectors
             whose weights nobody has tuned. It begins at feat_weight and cls_weight. `distiller.shares` has both.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
+        fast_teacher: keep a copy of the teacher with its batch norms folded, on the same memory where nothing changes;
+            a dict has options of `frs_kernels.distill.fast_teacher`, dict(dtype="auto") for 16 bits where that is
+            faster. False keeps the teacher itself.
         warmup: calls in training mode over which both losses rise linearly from 0.
         schedule: "constant", or "cosine": then both fall to 0 over `steps` calls.
         example: the arguments of one call, for the first pass that measures levels and channels, in eval mode and
@@ -113,6 +117,7 @@ class Distiller(Distilling, nn.Module):
         gradient_share: float | tuple[float, float] | None = None,
         adapter_kernel: int | None = 3,
         warmup: int = 500,
+        fast_teacher: bool | dict[str, Any] = True,
         schedule: str = "constant",
         steps: int | None = None,
         example: Sequence[Any] | None = None,
@@ -174,12 +179,16 @@ class Distiller(Distilling, nn.Module):
         self.iteration = 0
         self._losses: dict[str, Tensor] | None = None
         self._warned: set[str] = set()
-        self._measure(example, levels, adapter_kernel)
+        seen = self._measure(example, levels, adapter_kernel)
+        if fast_teacher is not False:
+            self._quicken(self._prepared(seen), {} if fast_teacher is True else fast_teacher)
         self.shares = make_shares(gradient_share, self.criterion, self.has_feats, self.has_logits)
         self.shares.to(next(student.parameters()).device)
 
-    def _measure(self, example: Sequence[Any] | None, levels: Sequence[int] | None, adapter_kernel: int | None) -> None:
-        """The first pass: whether student and teacher fit, how far the teacher must run, the adapter."""
+    def _measure(
+        self, example: Sequence[Any] | None, levels: Sequence[int] | None, adapter_kernel: int | None
+    ) -> Tensor:
+        """The first pass: whether student and teacher fit, how far the teacher must run, the adapter; the images."""
         like = next(self.student.parameters())
         black = torch.zeros(1, 3, 512, 512, device=like.device, dtype=like.dtype)
         arguments = self.recipes[0].example(black) if example is None else example
@@ -200,7 +209,7 @@ class Distiller(Distilling, nn.Module):
         images = self._images(s, arguments)
         try:
             with torch.no_grad(), t:
-                self.recipes[1].run(self.teacher, images)
+                self.recipes[1].run(self.teacher, self._prepared(images))
         except Exception as error:
             raise ValueError(
                 f"the teacher cannot be run on the images {tuple(images.shape)}, {images.dtype}: {error}; a recipe's "
@@ -230,6 +239,17 @@ class Distiller(Distilling, nn.Module):
         if not self.has_feats and not self.has_logits:
             raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
         checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
+        return images
+
+    def _quicken(self, images: Tensor, options: dict[str, Any]) -> None:
+        def run(model: nn.Module) -> None:
+            with self._tap(model, 1, stop_at=self._counts[1]):
+                self.recipes[1].run(model, images)
+
+        self.teacher = make_fast(self.teacher, run, tapped=self._tap(self.teacher, 1).names, **options)
+        self.channels_last = bool(options.get("channels_last"))
+        t, recipe = self.observe(images), self.recipes[1]
+        check_finite(t.feats if recipe.feats is not None else [], t.logits if recipe.logits is not None else [])
 
     def _pick(self, levels: list[Tensor]) -> list[Tensor]:
         return [levels[i] for i in self.levels]
@@ -310,7 +330,7 @@ class Distiller(Distilling, nn.Module):
         """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
         self.teacher.eval()
         with self._tap(self.teacher, 1, stop_at=self._counts[1]) as tap:
-            self.recipes[1].run(self.teacher, images)
+            self.recipes[1].run(self.teacher, self._prepared(images))
         return tap
 
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from frs_kernels.distill.share import GradientShare
@@ -62,6 +63,16 @@ def make_adapter(student: Levels, teacher: Levels, kernel_size: int | None) -> F
     return None
 
 
+def check_finite(feats: Levels, logits: Levels) -> None:
+    """Raise ValueError where the teacher's first pass shows that its dtype is too narrow."""
+    for name, levels in (("feats", feats), ("logits", logits)):
+        for level, x in enumerate(levels):
+            if not x.isfinite().all():
+                raise ValueError(
+                    f"the teacher's {name}[{level}] are not finite in {x.dtype}; leave dtype out of fast_teacher="
+                )
+
+
 def make_shares(
     target: float | tuple[float, float] | None, criterion: FSRLoss, feats: bool, logits: bool
 ) -> nn.ModuleDict:
@@ -100,6 +111,8 @@ class Distilling:
     has_logits: bool
     terms: FSRTerms | None = None
     """Of the last step."""
+    channels_last = False
+    """Of the teacher's images."""
     last_ramp = 1.0
     _unused = 0
     _said = False
@@ -181,6 +194,13 @@ class Distilling:
                 stacklevel=4,
             )
         return losses
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """In the teacher's dtype and layout."""
+        like = next(self.teacher.parameters(), images)
+        if images.is_floating_point() and not like.is_meta:
+            images = images.to(like.dtype)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def _use(self, gradient: Tensor) -> None:
         self._unused = 0

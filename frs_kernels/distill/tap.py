@@ -125,6 +125,11 @@ class Tap:
             recorder.stop = None  # a cycle of references, which would keep what was seen until it is collected
 
     @property
+    def names(self) -> list[str]:
+        """Of the modules that are tapped."""
+        return [leaf.name for leaf in self._recorders]
+
+    @property
     def counts(self) -> list[int]:
         """How often each module was called, for `stop_at`."""
         return [len(recorder.calls) for recorder in self._recorders.values()]

@@ -33,7 +33,16 @@ from torch import Tensor
 
 from frs_kernels import PRESETS, FSRLoss, Richness, checks, richness_mask
 from frs_kernels.distill import Tap, masks
-from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, ramp, strides
+from frs_kernels.distill.pairing import (
+    Distilling,
+    check_finite,
+    choose_levels,
+    make_adapter,
+    make_shares,
+    ramp,
+    strides,
+)
+from frs_kernels.distill.teacher import fast_teacher as make_fast
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
 from frs_kernels.integrations.mmdet_pair import (
     PROBE_SIDE,
@@ -41,10 +50,13 @@ from frs_kernels.integrations.mmdet_pair import (
     check_normalisation,
     check_pair,
     dense_head,
+    empty_image,
+    has_class_branch,
     load_teacher,
     model_config,
     probe,
     run,
+    run_class_branch,
     sources,
 )
 
@@ -79,6 +91,8 @@ class FRSDistiller(Distilling, BaseDetector):
         warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
             resumed run goes on where it was. Where there has been no runner there is no warm-up.
         average_mass: average M_l over the processes of `torch.distributed`; each keeps its own by default.
+        fast_teacher: fold the teacher's batch norms; a dict has options of `frs_kernels.distill.fast_teacher`,
+            dict(dtype="auto", free=True) for 16 bits where that is faster and without the box tower. False: as it is.
         data_preprocessor: the student's by default.
 
     Raises (when built, before training):
@@ -108,6 +122,7 @@ class FRSDistiller(Distilling, BaseDetector):
         gradient_share: float | tuple[float, float] | None = None,
         warmup: int = 500,
         average_mass: bool = False,
+        fast_teacher: bool | dict[str, Any] = True,
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
@@ -144,6 +159,11 @@ class FRSDistiller(Distilling, BaseDetector):
 
         s, t = probe("student", self.student), probe("teacher", self.teacher)
         self.levels = choose_levels(levels, s.logits, t.logits, PROBE_SIDE)
+        self._run = run
+        if not centerness and has_class_branch(frozen, t, empty_image()):
+            self._run = run_class_branch
+        if fast_teacher is not False:
+            self._quicken({} if fast_teacher is True else dict(fast_teacher))
         s, t = self._pick(s), self._pick(t)
         checks.check_level_weights(criterion.options.level_weights, len(self.levels))
         self.strides = strides(t.logits, PROBE_SIDE)
@@ -184,7 +204,13 @@ class FRSDistiller(Distilling, BaseDetector):
     @torch.no_grad()
     def observe_teacher(self, batch_inputs: Tensor) -> Emitted:
         """What the teacher emits for preprocessed images (N, 3, H, W), at the levels that are distilled."""
-        return self._pick(run(self.teacher, batch_inputs))
+        return self._pick(self._run(self.teacher, self._prepared(batch_inputs)))
+
+    def _quicken(self, options: dict[str, Any]) -> None:
+        self.teacher = make_fast(self.teacher, lambda model: self._run(model, empty_image()), **options)
+        self.channels_last = bool(options.get("channels_last"))
+        t = self.observe_teacher(empty_image())
+        check_finite(t.feats, t.logits)
 
     def richness(self, batch_inputs: Tensor) -> Richness:
         """The teacher's richness scores (N, H, W) a level, and masses, for preprocessed images (N, 3, H, W)."""

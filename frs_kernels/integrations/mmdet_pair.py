@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mmdet.models.dense_heads import DETRHead, GuidedAnchorHead, TOODHead
+import torch.nn.functional as F
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    DETRHead,
+    FCOSHead,
+    GFLHead,
+    GuidedAnchorHead,
+    RetinaHead,
+    RPNHead,
+    TOODHead,
+)
 from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -52,6 +62,35 @@ def run(detector: BaseDetector, images: Tensor) -> Emitted:
     feats = detector.extract_feat(images)
     outputs = dense_head(detector)(feats)
     return Emitted(list(feats), list(outputs[0]), outputs)
+
+
+CLASS_CONVS = {RetinaHead: "retina_cls", GFLHead: "gfl_cls", FCOSHead: "conv_cls", ATSSHead: "atss_cls"}
+"""Heads with a class tower `cls_convs` of its own, and their last convolution. Of no subclass: it may do otherwise."""
+
+
+def run_class_branch(detector: BaseDetector, images: Tensor) -> Emitted:
+    """`run` without the boxes: the class logits are bit for bit those of the whole head. See `has_class_branch`."""
+    head = dense_head(detector)
+    feats = detector.extract_feat(images)
+    if type(head) is RPNHead:
+        return Emitted(list(feats), [head.rpn_cls(F.relu(head.rpn_conv(x))) for x in feats], ())
+    last = getattr(head, CLASS_CONVS[type(head)])
+    logits = []
+    for x in feats:
+        for conv in head.cls_convs:
+            x = conv(x)
+        logits.append(last(x))
+    return Emitted(list(feats), logits, ())
+
+
+def has_class_branch(detector: BaseDetector, whole: Emitted, images: Tensor) -> bool:
+    """Whether `run_class_branch` gives for these images what `run` gave."""
+    head = dense_head(detector)
+    if type(head) is not RPNHead and type(head) not in CLASS_CONVS:
+        return False
+    with torch.no_grad():
+        logits = run_class_branch(detector, images).logits
+    return all(torch.equal(a, b) for a, b in zip(logits, whole.logits, strict=True))
 
 
 def model_config(name: str, config: dict[str, Any] | str | Path) -> Any:
@@ -108,6 +147,10 @@ def load_teacher(teacher: BaseDetector, checkpoint: str | Path) -> None:
         raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} does not fit the teacher{hint}: {shown}") from error
 
 
+def empty_image() -> Tensor:
+    return torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE)
+
+
 @torch.no_grad()
 def probe(name: str, detector: BaseDetector) -> Emitted:
     """What a detector emits for an empty image: levels, channels and strides, measured and not read from configs."""
@@ -123,7 +166,7 @@ def probe(name: str, detector: BaseDetector) -> Emitted:
         )
     training = detector.training
     try:
-        return run(detector.eval(), torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE))
+        return run(detector.eval(), empty_image())
     except Exception as error:
         size = f"{PROBE_SIDE}x{PROBE_SIDE}"
         raise ValueError(f"{name} ({kind}) cannot be run on an empty {size} image on the CPU: {error}") from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from frs_kernels.distill import Distiller, Input, Mean, Recipe
 from frs_kernels.distill.tap import Source
@@ -47,7 +47,31 @@ def recipe(model: nn.Module) -> Recipe:
         )
     branches = [name for name in ("cv3", "one2one_cv3") if getattr(found, name, None) is not None]
     levels: list[Source] = [[f"{head}.{name}.{i}" for i in range(len(getattr(found, name)))] for name in branches]
-    return Recipe(Input(head), levels[0] if len(levels) == 1 else Mean(*levels), Input("model.0"))
+    logits = levels[0] if len(levels) == 1 else Mean(*levels)
+    return Recipe(Input(head), logits, Input("model.0"), _run_class_branches)
+
+
+class _Done(BaseException):
+    """Ends a pass before the head."""
+
+
+def _run_class_branches(model: Any, images: Tensor) -> None:
+    """Up to the head, and of it the class branches alone: the boxes' branch, which runs first, costs as much."""
+    head = model.model[-1]
+
+    def classify(_: nn.Module, arguments: Any) -> None:
+        for name in ("cv3", "one2one_cv3"):
+            for branch, x in zip(getattr(head, name, None) or (), arguments[0], strict=False):
+                branch(x)
+        raise _Done
+
+    handle = head.register_forward_pre_hook(classify)
+    try:
+        model(images)
+    except _Done:
+        pass
+    finally:
+        handle.remove()
 
 
 class Wrapped(Distiller):

@@ -9,10 +9,13 @@ import pytest
 import torch
 from detectors import FRS, NAMES, batch, by_formula, distiller, gradients, recorded, student_of, teacher_of
 from mmengine.logging import MessageHub
+from torch import nn
 
 from frs_kernels import PRESETS
 from frs_kernels.distill import masks
-from frs_kernels.integrations.mmdet_pair import dense_head
+from frs_kernels.integrations.mmdet_pair import dense_head, run
+
+CLASS_CONVS = {"retinanet": "retina_cls", "gfl": "gfl_cls", "fcos": "conv_cls"}
 
 each_detector = pytest.mark.parametrize("name", NAMES)
 
@@ -77,11 +80,13 @@ def test_a_few_steps_lower_the_losses(rng, teacher_file, name):
 def test_heads_and_necks_run_once_a_step(rng, teacher_file, name):
     model = distiller(name, teacher_file(name))
     calls = []
-    for who in (model.student, model.teacher):
-        for part in (who.backbone, who.neck, dense_head(who)):
-            part.register_forward_hook(lambda module, *_: calls.append(module))
+    for part in (model.teacher.backbone, model.teacher.neck, model.student.backbone, model.student.neck):
+        part.register_forward_hook(lambda module, *_: calls.append(module))
+    dense_head(model.student).register_forward_hook(lambda module, *_: calls.append(module))
+    classify = getattr(dense_head(model.teacher), "rpn_cls" if name == "faster_rcnn" else CLASS_CONVS[name])
+    classify.register_forward_hook(lambda module, *_: calls.append(module))
     model.loss(*batch(rng))
-    assert len(calls) == 6
+    assert len(calls) == 5 + len(model.levels)
     assert len({id(module) for module in calls}) == 6
 
 
@@ -183,6 +188,35 @@ def test_levels_that_are_left_out_add_nothing(rng, teacher_file):
     assert abs(losses["loss_frs_feat"] - feat) <= 1e-6 * feat
     assert abs(losses["loss_frs_cls"] - cls) <= 1e-6 * cls
     assert {key for key in losses if key.startswith("frs_mass")} == {"frs_mass_0", "frs_mass_2"}
+
+
+@each_detector
+def test_the_teacher_runs_its_class_branch_alone(rng, teacher_file, name):
+    """Bit for bit what the whole teacher emits, where nothing is folded."""
+    inputs, _ = batch(rng)
+    model = distiller(name, teacher_file(name))
+    plain = distiller(name, teacher_file(name), fast_teacher=False)
+    with torch.no_grad():
+        whole = run(plain.teacher, inputs)
+    t = plain.observe_teacher(inputs)
+    assert t.outputs == (), "the boxes were not computed"
+    assert all(torch.equal(a, b) for a, b in zip(t.logits, whole.logits, strict=True))
+    assert sum(isinstance(m, nn.Identity) for m in model.teacher.backbone.modules()) > 10
+    for a, b in zip(model.observe_teacher(inputs).logits, whole.logits, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_a_teacher_of_16_bits_without_its_boxes(rng, teacher_file):
+    inputs, samples = batch(rng)
+    file = teacher_file("gfl")
+    right = distiller("gfl", file).loss(inputs, samples)
+    fast = {"dtype": torch.bfloat16, "channels_last": True, "free": True}
+    model = distiller("gfl", file, fast_teacher=fast)
+    losses = model.loss(inputs, samples)
+    assert model.observe_teacher(inputs).logits[0].dtype == torch.bfloat16
+    assert not any(p.numel() for p in model.teacher.bbox_head.reg_convs.parameters())
+    for name in FRS:
+        assert abs(losses[name] - right[name]) <= 0.05 * right[name]
 
 
 def test_a_gradient_share_is_held(rng, teacher_file):

@@ -1,0 +1,196 @@
+"""`fast_teacher`: a frozen detector made ready to be run for its features and class logits alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+
+from frs_kernels import checks
+
+Run = Callable[[nn.Module], Any]
+
+
+def fast_teacher(
+    model: nn.Module,
+    run: Run,
+    *,
+    tapped: Collection[str] = (),
+    fold: bool = True,
+    free: bool = False,
+    dtype: torch.dtype | str | None = None,
+    channels_last: bool = False,
+) -> nn.Module:
+    """A copy of a detector, frozen, in eval mode, that gives what `run` needs of it for less.
+
+    The copy shares all weights that stay as they are; the model itself is left alone.
+
+        teacher = fast_teacher(model, lambda m: m(images), tapped=["neck", "head.cls"], dtype="auto")
+
+    Args:
+        model: the detector.
+        run: runs it on images of its dtype, as far as is needed. It is called some times, without gradient.
+        tapped: names of modules whose output is looked at.
+        fold: batch norms that follow a convolution become part of it. fp32 outputs change in their last bits.
+        free: modules with weights that `run` does not call are taken out, their memory is freed with the model's.
+        dtype: of weights and activations; "auto": what `fast_dtype` says. Outputs are then rounded to it.
+        channels_last: weights in channels_last, for images that are.
+
+    Raises:
+        ValueError: an unknown dtype; `run` calls nothing.
+    """
+    if isinstance(dtype, str):
+        checks.check_option("dtype", dtype, ("auto",))
+    made = _sharing_copy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        if fold:
+            fold_batch_norms(made, run, tapped)
+        if free:
+            _free(made, run)
+    if dtype is not None:
+        device = next(made.parameters(), torch.empty(0)).device
+        made.to(dtype=fast_dtype(device) if isinstance(dtype, str) else dtype)
+    if channels_last:
+        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return made
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 or fp16 where the device has instructions for it, else fp32.
+
+    CUDA: bf16 from sm_80 on, fp16 on sm_70 and sm_75. CPU: bf16 with avx512_bf16 or amx.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """New modules and parameters over the same memory: setting one anew in the copy leaves the original."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.detach() for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+class _Consumers(TorchFunctionMode):
+    """Which convolutions' outputs are used by something else than the batch norm that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.producer: dict[int, nn.Module] = {}  # of the tensor with this id, which `kept` keeps alive
+        self.kept: list[Tensor] = []
+        self.norm: nn.Module | None = None
+        self.used: set[nn.Module] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if self.norm is None:
+            self.used |= {self.producer[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.producer}
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, Mapping):
+        nested = list(nested.values())
+    return [t for each in nested for t in _tensors(each)] if isinstance(nested, (list, tuple)) else []
+
+
+def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -> int:
+    """Make batch norms in eval mode part of the convolution before them, in place; how many.
+
+    Those are folded whose input is the output of one nn.Conv2d, both called once, that nothing else uses and nobody
+    taps. What has running_mean, running_var, weight, bias and eps is a batch norm (torchvision's frozen ones).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    calls: dict[nn.Module, int] = {}
+    before: dict[nn.Module, nn.Module] = {}
+    consumers = _Consumers()
+
+    def conv_ran(module: nn.Module, _: Any, output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        consumers.producer[id(output)] = module
+        consumers.kept.append(output)
+
+    def norm_runs(module: nn.Module, args: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if args and id(args[0]) in consumers.producer:
+            before[module] = consumers.producer[id(args[0])]
+        consumers.norm = module
+
+    def norm_ran(*_: Any) -> None:
+        consumers.norm = None
+
+    handles: list[Any] = []
+    for module in names:
+        if type(module) is nn.Conv2d:
+            handles.append(module.register_forward_hook(conv_ran))
+        elif _is_norm(module):
+            handles += [module.register_forward_pre_hook(norm_runs), module.register_forward_hook(norm_ran)]
+    try:
+        with consumers:
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    claimed = list(before.values())
+    folded = 0
+    for norm, conv in before.items():
+        alone = calls[norm] == calls[conv] == claimed.count(conv) == 1
+        if alone and conv not in consumers.used and names[conv] not in tapped and names[norm] not in tapped:
+            _fold(conv, norm)
+            _replace(model, names[norm], nn.Identity())
+            folded += 1
+    return folded
+
+
+def _is_norm(module: nn.Module) -> bool:
+    tensors = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    return all(isinstance(t, Tensor) for t in tensors) and hasattr(module, "eps") and not module.training
+
+
+def _fold(conv: Any, norm: Any) -> None:
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.weight, conv.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+class _Freed(nn.Module):
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("this part of the teacher was taken out: fast_teacher(free=True) keeps what is tapped")
+
+
+def _free(model: nn.Module, run: Run) -> None:
+    """Take out the largest modules with parameters none of which is called."""
+    called: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in model.modules()]
+    try:
+        run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError("run called no module of the teacher")
+    gone: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in gone) or not any(True for _ in module.parameters()):
+            continue
+        if not called & set(module.modules()):
+            gone.append(name)
+    for name in gone:
+        _replace(model, name, _Freed())

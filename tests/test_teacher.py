@@ -1,0 +1,175 @@
+"""`fast_teacher`: what it folds, shares, frees and rounds, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_distiller import distiller
+from torch import Tensor, nn
+from toy_detectors import Detector, images
+
+from frs_kernels import fsr_loss
+from frs_kernels.distill import fast_teacher, teacher
+
+
+class Frozen(nn.Module):
+    """torchvision's frozen batch norm, in short: buffers, and no functional call of batch_norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.3), ("bias", 0.2), ("running_mean", 0.1), ("running_var", 0.7)):
+            self.register_buffer(name, torch.full((channels,), value))
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight * (self.running_var + self.eps).rsqrt()
+        return x * w[:, None, None] + (self.bias - self.running_mean * w)[:, None, None]
+
+
+class Net(nn.Module):
+    """A convolution and a batch norm in every relation that they have in detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.biased = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8, affine=True))
+        self.frozen = nn.Sequential(nn.Conv2d(8, 8, 1), Frozen(8))
+        self.conv, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.shared, self.norms = nn.Conv2d(8, 8, 1), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.between = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+        self.out = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.unused = nn.Sequential(nn.Conv2d(8, 64, 1), nn.BatchNorm2d(64))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.2, 3)
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.frozen(self.biased(self.plain(x)))
+        y = self.conv(x)
+        x = self.norm(y) + y  # the convolution's output is used beside the norm
+        levels = [norm(self.shared(x)) for norm in self.norms]
+        return [*levels, self.between(x), self.out(x)]
+
+
+def run(x: Tensor) -> Any:
+    return lambda model: model(x)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(3)
+    return Net().eval()
+
+
+def test_what_is_folded_and_what_is_not(net):
+    x = images()
+    right = net(x)
+    before = copy.deepcopy(net.state_dict())
+    fast = fast_teacher(net, run(x), tapped=["out.0"])
+    found = [name for name, module in fast.named_modules() if isinstance(module, nn.Identity)]
+    assert found == ["plain.1", "biased.1", "frozen.1"]
+    for a, b in zip(fast(x), right, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    assert {name for name, m in fast_teacher(net, run(x)).named_modules() if isinstance(m, nn.Identity)} == {
+        *found, "out.1",
+    }  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net(x), right, strict=True))
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_norm_in_training_mode_stays(net):
+    made = copy.deepcopy(net)
+    made.norm.train()
+    assert teacher.fold_batch_norms(made, run(images())) == 4
+    assert teacher.fold_batch_norms(copy.deepcopy(net).train(), run(images())) == 0
+
+
+def test_what_stays_is_shared_and_a_change_of_dtype_is_not(net):
+    fast = fast_teacher(net, run(images()))
+    assert fast.shared.weight.data_ptr() == net.shared.weight.data_ptr()
+    assert fast.plain[0].weight.data_ptr() != net.plain[0].weight.data_ptr()
+    fast_teacher(net, run(images()), dtype=torch.bfloat16)
+    fast.to(torch.float64)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_what_is_not_called_is_freed(net):
+    fast = fast_teacher(net, run(images()), free=True)
+    assert sum(p.numel() for p in fast.unused.parameters()) == 0
+    assert len(list(net.unused.parameters())) == 4
+    assert all(
+        torch.equal(a, b) for a, b in zip(fast(images()), fast_teacher(net, run(images()))(images()), strict=True)
+    )
+    with pytest.raises(RuntimeError, match=r"taken out: fast_teacher\(free=True\)"):
+        fast.unused(images())
+    with pytest.raises(ValueError, match="run called no module"):
+        fast_teacher(net, lambda model: None, free=True)
+
+
+def test_dtype_and_layout(net, monkeypatch):
+    for capable, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda capable=capable: capable)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        made = fast_teacher(net, run(images()), dtype="auto", channels_last=True)
+        assert {p.dtype for p in made.parameters()} == {dtype}
+        assert made.plain[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="dtype='fast' is unknown"):
+        fast_teacher(net, run(images()), dtype="fast")
+
+
+class Normed(Detector):
+    """With batch norms in the neck, and a second tower that is not distilled."""
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__(channels)
+        self.neck.convs = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(channels)) for conv in self.neck.convs)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 2)
+
+
+def test_a_distiller_takes_it_by_default():
+    torch.manual_seed(5)
+    plain, x = Normed(9), images()
+    d = distiller(teacher=plain)
+    assert d.teacher is not plain
+    assert sum(isinstance(m, nn.Identity) for m in d.teacher.modules()) == 3
+    with torch.no_grad():
+        feats = plain.eval().neck(x)
+        z = [plain.head.cls(v) for v in feats]
+    right = fsr_loss(d.adapter(d.student.neck(x)), feats, None, z)
+    assert torch.allclose(d(x)["loss_frs_feat"], right, rtol=1e-5)
+    d = distiller(teacher=plain, fast_teacher=False)
+    assert d.teacher is plain
+    assert not plain.training
+
+
+def test_a_distiller_with_a_teacher_of_16_bits():
+    torch.manual_seed(5)
+    plain, x = Normed(9), images()
+    d = distiller(teacher=plain, fast_teacher={"dtype": torch.bfloat16, "channels_last": True, "free": True})
+    t = d.observe(x)
+    assert {v.dtype for v in (*t.feats, *t.logits)} == {torch.bfloat16}
+    assert sum(p.numel() for p in d.teacher.head.box.parameters()) == 0
+    losses = d(x)
+    right = distiller(teacher=plain)(x)
+    for name in ("loss_frs_feat", "loss_frs_cls"):
+        assert losses[name].dtype == torch.float32
+        assert torch.allclose(losses[name], right[name], rtol=0.05)
+    sum(losses.values()).backward()
+
+
+def test_a_teacher_that_overflows_is_an_error_that_names_the_level():
+    plain = Normed(9)
+    with torch.no_grad():
+        plain.neck.convs[1][0].bias.fill_(7e4)
+    with pytest.raises(ValueError, match=r"the teacher's feats\[1\] are not finite in torch.float16"):
+        distiller(teacher=plain, fast_teacher={"dtype": torch.float16})
