@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,18 @@ from rich.progress import track
 from run import describe, folder_of
 from torch import Tensor
 
-from frs_kernels.integrations.mmdet_pair import dense_head
+from frs_kernels.integrations.mmdet_pair import dense_head, run
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "mmdet" / "configs" / "coco"
+WHOLE = "frs_kernels, the whole teacher"
+TEACHERS: dict[str, Any] = {
+    WHOLE: False,
+    "its class branch alone": False,
+    "and batch norms folded (default)": True,
+    "and 16 bits where faster": {"dtype": "auto"},
+    "and channels_last": {"dtype": "auto", "channels_last": True},
+}
+"""What `FRSDistiller` does with its teacher, one step after another."""
 PAIRS = ("retinanet_r50_r101_2x", "gfl_r50_r101_1x", "fcos_r50_r101_2x", "faster_rcnn_r50_r101_1x")
 
 
@@ -78,8 +88,15 @@ def case(name: str, size: tuple[int, int], batch: int, rounds: int, device: str)
     with tempfile.TemporaryDirectory() as folder:
         teacher = MODELS.build(get_config(config.model.teacher).model)
         torch.save(teacher.state_dict(), f"{folder}/teacher.pth")
-        model = MODELS.build(config.model | {"teacher_checkpoint": f"{folder}/teacher.pth", "warmup": 0})
-    model = model.to(device).train()
+        own = {"teacher_checkpoint": f"{folder}/teacher.pth", "warmup": 0}
+        models = {
+            arm: MODELS.build(config.model | own | {"fast_teacher": fast}).to(device).train()
+            for arm, fast in TEACHERS.items()
+        }
+    model = models[WHOLE]
+    model._run = run
+    for other in models.values():
+        other.load_state_dict(model.state_dict())
     samples = demo_mm_inputs(batch, [(3, *size)] * batch, num_items=[6] * batch, num_classes=80)["data_samples"]
     for sample in samples:
         sample.to(device)
@@ -93,24 +110,24 @@ def case(name: str, size: tuple[int, int], batch: int, rounds: int, device: str)
             torch.testing.assert_close(ours[key], loop[key], rtol=1e-4, atol=0)
     del ours, loop
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for each in models.values() for p in each.parameters() if p.requires_grad]
 
     def step(losses: Any) -> Any:
-        def run() -> None:
+        def call() -> None:
             total, _ = model.parse_losses(losses())
             torch.autograd.grad(total, parameters, allow_unused=True)
 
-        return run
+        return call
 
     steps = {
         "student alone": step(lambda: model.student.loss(inputs, samples)),
         "teacher, forward": lambda: model.observe_teacher(inputs),
         "authors' loop": step(lambda: authors_loop(model, inputs, samples, twice=True)),
         "authors' loop, head once": step(lambda: authors_loop(model, inputs, samples, twice=False)),
-        "frs_kernels": step(lambda: model.loss(inputs, samples)),
+        **{arm: step(partial(each.loss, inputs, samples)) for arm, each in models.items()},
     }
-    memory = {arm: peak_extra(run, device) for arm, run in steps.items()}
-    times = interleaved({arm: timed(run, device) for arm, run in steps.items()}, 0.0, least=rounds)
+    memory = {arm: peak_extra(call, device) for arm, call in steps.items()}
+    times = interleaved({arm: timed(call, device) for arm, call in steps.items()}, 0.0, least=rounds)
     return {
         "name": name,
         "size": size,
@@ -119,14 +136,14 @@ def case(name: str, size: tuple[int, int], batch: int, rounds: int, device: str)
     }
 
 
-def timed(run: Any, device: str) -> Any:
+def timed(step: Any, device: str) -> Any:
     """Seconds of a call, by the host's clock: a whole step is long."""
 
     def call() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        run()
+        step()
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin

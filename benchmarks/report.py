@@ -161,7 +161,7 @@ def show(console: Console, folder: Path) -> None:
 def step_rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
     """(pair, arm, cells) of a step.json, in the order of STEP_COLUMNS.
 
-    The loss's share is what is left of a distilled step without the student's own and the teacher's forward pass.
+    The loss's share is what is left of a distilled step without the student's own and the whole teacher's forward pass.
     """
     found = []
     for case in record["cases"]:
@@ -170,12 +170,13 @@ def step_rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
         for name, arm in arms.items():
             median, low, high = arm["step"]
             distilled = name not in ("student alone", "teacher, forward")
+            whole = name.startswith(("authors", OURS))
             extra = arm["peak_extra"]
             found.append((case["name"], name, [
                 f"{1e3 * median:.0f} [{1e3 * low:.0f}–{1e3 * high:.0f}]",
                 f"{median / alone:.2f}",
                 f"{100 * (median - alone) / median:.0f}" if distilled else "",
-                f"{100 * (median - alone - teacher) / median:.0f}" if distilled else "",
+                f"{100 * (median - alone - teacher) / median:.0f}" if whole else "",
                 "" if extra is None else f"{extra / 1e6:.0f}",
             ]))  # fmt: skip
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -173,3 +174,19 @@ def test_a_teacher_that_overflows_is_an_error_that_names_the_level():
         plain.neck.convs[1][0].bias.fill_(7e4)
     with pytest.raises(ValueError, match=r"the teacher's feats\[1\] are not finite in torch.float16"):
         distiller(teacher=plain, fast_teacher={"dtype": torch.float16})
+
+
+def test_a_teacher_that_cannot_be_copied():
+    plain = Normed(9)
+    plain.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"the teacher cannot be copied: .*fast_teacher=False"):
+        distiller(teacher=plain)
+    distiller(teacher=plain, fast_teacher=False)(images())
+
+
+def test_a_compiled_teacher():
+    plain, x = Normed(9), images()
+    right = distiller(teacher=plain)(x)
+    plain.neck = torch.compile(plain.neck, backend="eager")
+    losses = distiller(teacher=plain)(x)
+    assert torch.allclose(losses["loss_frs_feat"], right["loss_frs_feat"], rtol=1e-4)

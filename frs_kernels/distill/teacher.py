@@ -42,7 +42,7 @@ def fast_teacher(
         channels_last: weights in channels_last, for images that are.
 
     Raises:
-        ValueError: an unknown dtype; `run` calls nothing.
+        ValueError: an unknown dtype; `run` calls nothing; the model cannot be copied.
     """
     if isinstance(dtype, str):
         checks.check_option("dtype", dtype, ("auto",))
@@ -77,7 +77,12 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     """New modules and parameters over the same memory: setting one anew in the copy leaves the original."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.detach() for b in model.buffers()}
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"the teacher cannot be copied: {error}; a distiller takes it as it is with fast_teacher=False"
+        ) from error
 
 
 class _Consumers(TorchFunctionMode):
