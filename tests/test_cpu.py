@@ -25,6 +25,7 @@ from frs_kernels.ops import SCHEMAS
 HERE = backends.why_not("cpu", "cpu")
 needs_cpu = pytest.mark.skipif(HERE is not None, reason=f"cpu backend: {HERE}")
 
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # as setup.py compiles them, and the widest vectors in the oldest instructions, which any machine can run
 ISA_FLAGS = {
     "baseline": (),
@@ -150,7 +151,7 @@ torch.set_num_threads(1)
 rng = torch.Generator().manual_seed(int(sys.argv[1]))
 sizes = ((2, 8, 12), (1, 1, 1), (1, 37, 31))
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last", "sliced")):
+for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last", "sliced", "rows")):
     for feat_loss, cls_loss, grad_mode in (("mse", "bce", "forward"), ("l1", "kl", "backward"),
                                            ("smooth_l1", "kl", "forward")):
         p = pyramid(rng, sizes=sizes, classes=17, dtype=dtype, layout=layout)
@@ -264,6 +265,25 @@ def test_the_schemas_are_those_of_the_other_backends():
         name = schema.partition("(")[0]
         native = torch._C._dispatch_dump(f"frs_kernels::{name}")
         assert f"schema: frs_kernels::{schema}" in native.replace("\n", " ")
+
+
+@needs_cpu
+@pytest.mark.parametrize("packed", ["student", "teacher", "both"])
+@pytest.mark.parametrize(("layout", "dense"), [("rows", "channels_last"), ("columns", "contiguous")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_levels_of_a_packed_tensor_are_walked_as_dense_ones(rng, dtype, layout, dense, packed):
+    """The same tiles and rows: another walk would add in another order."""
+    sizes = ((2, 30, 35), (2, 9, 9), (2, 1, 1))
+    p = pyramid(rng, sizes=sizes, channels=19, classes=91, dtype=dtype, layout=dense)
+    changed = {"student": "sx", "teacher": "tz", "both": "stxz"}[packed]
+    other = Pyramid(*(
+        [lay_out(v.detach(), layout).requires_grad_(v.requires_grad) for v in levels] if name in changed else levels
+        for name, levels in zip("stxz", p.inputs, strict=True)
+    ))  # fmt: skip
+    a, b = run(p, "cpu"), run(other, "cpu")
+    for v, w in zip([*a.grads, *a.mask, a.loss, a.mass], [*b.grads, *b.mask, b.loss, b.mass], strict=True):
+        assert same_bits(v, w)
+    assert all(g.is_contiguous(memory_format=FORMATS[dense]) for g in b.grads)
 
 
 @needs_cpu

@@ -69,6 +69,7 @@ FAULTS = [
     Fault("walks.cuh", "put<typename W::S, A, V>(grad, 0,", "put<typename W::S, A, V>(grad, V,", "address", "overflow"),
     Fault("walks.cuh", "min(tile.columns, row.positions) + V - 1", "MAX_SHARES + 2 * V", "address", "overflow"),
     Fault("walks.cuh", "if (inside) fetch(warp);", "fetch(warp);", "address", "heap-buffer-overflow"),
+    Fault("levels.cuh", "(level.n == 1 || view.n % width == 0)", "true", "address", "misaligned", of="imitate"),
     Fault("scale.cu", "if (thread < rest)", "if (thread <= rest)", "address", "heap-buffer-overflow"),
     Fault("scale.cu", "if (factor == 1) return;", "", "address", "use-after-poison"),
     Fault("scale.cu", "to_aligned < size ? to_aligned : size", "0 * to_aligned", "address", "misaligned"),

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from frs_kernels.triton import imitate, levels
+from frs_kernels.triton import imitate, levels, score
 from frs_kernels.triton.levels import number_of, size_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +107,48 @@ def test_an_entry_that_nobody_wants_has_no_program(rng, launches):
     total, values, grads = VERBS["triton"].imitate(*arguments(entries, nothing, *call[2:]))
     assert (total.numel(), values.numel(), grads) == (0, 0, [])
     assert launches == ["imitate_kernel"]
+
+
+def cut(packed: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """(N, P, C) as levels."""
+    rows = packed.split([h * w for h, w in sizes], 1)
+    return [x.unflatten(1, size).permute(0, 3, 1, 2) for x, size in zip(rows, sizes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "vector"),
+    [(8, torch.float32, 4), (8, torch.bfloat16, 8), (12, torch.float32, 4), (12, torch.bfloat16, 1),
+     (7, torch.float32, 1)],
+)  # fmt: skip
+def test_levels_of_a_packed_tensor_take_wide_loads(rng, channels, dtype, vector):
+    """As channels_last ones do: where an image or a level begins between two multiples of 16 bytes, none does."""
+    sizes = [(4, 8), (3, 5), (1, 1)]
+    packed = torch.randn(2, sum(h * w for h, w in sizes), channels, generator=rng).to(dtype)
+    levels_ = cut(packed, sizes)
+    dense = [x.contiguous(memory_format=torch.channels_last) for x in levels_]
+    terms, table = [Term("bce")], [[0, 1, 2], [0] * 3, [1.0] * 3, [0.0] * 3]
+    columns_ = imitate.Table(*table, *([getattr(t, name) for t in terms] for name in Term._fields))
+    for student, teacher in ((levels_, levels_), (dense, levels_), (levels_, dense)):
+        _, (segment,) = imitate.segments_of(student, teacher, dense, columns_, want_loss=True)
+        assert (segment.layout, segment.gaps, segment.vector) == ("nhwc", True, vector)
+    _, (segment,) = score.segments_of(levels_)
+    assert (segment.layout, segment.gaps, segment.vector) == ("nhwc", True, vector)
+    _, (segment,) = score.segments_of(dense)
+    assert (segment.layout, segment.gaps) == ("nhwc", False)
+    assert levels.columns_of(dense, [segment]).strides is None
+
+
+def test_lines_apart_are_no_reason_for_the_strided_body(rng):
+    columns_ = torch.randn(2, 4, 48, generator=rng)[:, :, :32].unflatten(2, (4, 8))
+    of_more = torch.randn(2, 12, 4, 8, generator=rng)[:, 4:8]
+    _, (segment,) = score.segments_of([columns_, of_more])
+    assert (segment.layout, segment.gaps, segment.vector) == ("nchw", True, 4)
+    odd = torch.randn(2, 4, 37, generator=rng)[:, :, :32].unflatten(2, (4, 8))
+    _, (segment,) = score.segments_of([columns_, odd])
+    assert (segment.layout, segment.gaps, segment.vector) == ("nchw", True, 1)
+    apart = torch.randn(2, 4, 4, 9, generator=rng)[..., :8]
+    _, (segment,) = score.segments_of([columns_, apart])
+    assert segment.layout == "strided"
 
 
 @triton.jit

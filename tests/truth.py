@@ -20,7 +20,7 @@ from torch import Tensor
 
 Levels = list[Tensor]
 SMALL = ((2, 8, 12), (2, 3, 7), (2, 1, 1))  # (N, H, W) a level
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned")
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned", "rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,12 @@ def lay_out(v: Tensor, layout: str) -> Tensor:
     if layout == "sliced":
         big = v.new_full((n, c + 2, h + 1, 2 * w + 1), float("nan"))
         return big[:, 1 : c + 1, :h, 1::2].copy_(v)
+    if layout == "rows":  # a level among others, packed as (N, P, C)
+        big = v.new_full((n, 3 + h * w + 2, c), float("nan"))
+        return big[:, 3 : 3 + h * w].unflatten(1, (h, w)).permute(0, 3, 1, 2).copy_(v)
+    if layout == "columns":  # packed as (N, C, P)
+        big = v.new_full((n, c, 16 + h * w + 8), float("nan"))
+        return big[:, :, 16 : 16 + h * w].unflatten(2, (h, w)).copy_(v)
     if layout == "misaligned":
         big = v.new_full((v.numel() + 64,), float("nan"))
         return big[33 : 33 + v.numel()].view(v.shape).copy_(v)

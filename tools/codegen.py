@@ -95,7 +95,7 @@ class Report(NamedTuple):
         if self.stack or self.spills:
             return f"{self.stack} bytes of stack, {self.spills} spill instructions"
         row = self.case.channels * min(DTYPES[self.case.student].itemsize, DTYPES[self.case.teacher].itemsize)
-        aligned = self.case.layout == "nchw" or (self.case.layout == "nhwc" and row % 16 == 0)
+        aligned = self.case.layout == "nchw" or (self.case.layout in ("nhwc", "rows") and row % 16 == 0)
         if aligned and not self.wide_loads:
             return "no 16-byte load"
         if self.case in BUDGETS and self.architecture == 90:
@@ -122,7 +122,8 @@ def cases(quick: bool) -> Iterator[Case]:
 
     What has a budget. In every dtype: a step, both terms in one launch, in every layout and tile; every loss with its
     gradient; mse and bce alone, and their gradient alone; the heaviest, kl, in every layout; a temperature; levels that
-    do not begin on 16 bytes. A step of every other pair of dtypes, and of other numbers of levels.
+    do not begin on 16 bytes. Levels packed as rows of one tensor. A step of every other pair of dtypes, and of other
+    numbers of levels.
     """
     if quick:
         yield Case("score", "fp32", "fp32", "nchw", 80)
@@ -146,6 +147,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("imitate", dtype, dtype, "nchw", 256, "bce", "loss+grad", temperature=2.0)
         yield Case("score", dtype, dtype, "misaligned", 256)
         yield Case("imitate", dtype, dtype, "misaligned", 256, "mse+bce", "loss+grad")
+    for dtype in ("fp32", "bf16"):
+        yield Case("score", dtype, dtype, "rows", 80)
+        yield Case("imitate", dtype, dtype, "rows", 80, "mse+bce", "loss+grad")
     for student, teacher in itertools.permutations(DTYPES, 2):
         yield Case("imitate", student, teacher, "nchw", 80, "mse+bce", "loss+grad")
     for levels in (1, 3, 8):
@@ -158,6 +162,10 @@ def levels_of(case: Case, dtype: str, channels: int) -> list[torch.Tensor]:
     levels = [torch.zeros(2, channels, h, w, dtype=DTYPES[dtype]) for h, w in sizes]
     if case.layout == "nhwc":
         return [x.to(memory_format=torch.channels_last) for x in levels]
+    if case.layout == "rows":
+        packed = torch.zeros(2, sum(h * w for h, w in sizes), channels, dtype=DTYPES[dtype])
+        rows = packed.split([h * w for h, w in sizes], 1)
+        return [x.unflatten(1, size).permute(0, 3, 1, 2) for x, size in zip(rows, sizes, strict=True)]
     if case.layout == "misaligned":
         return [torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape) for x in levels]
     return [x.transpose(2, 3) for x in levels] if case.layout == "strided" else levels
@@ -284,7 +292,8 @@ instruction.
 
 Loads are counted in the code: of 16 bytes, and narrower. The narrower serve levels whose rows are not aligned, the
 scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
-levels that do not begin on 16 bytes (misaligned) have no aligned rows.
+levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are slices of one
+tensor (N, P, C).
 
 | kernel, loss, mode, dtype, layout, channels, levels | registers sm_{architecture_names} | 16-byte loads | narrower |
 |---|---|---|---|

@@ -122,6 +122,9 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   const double tau = TEMPERED ? term.temperature : 1;
   const T factor = static_cast<T>(upstream * tau);
   const bool past_caches = WANT_GRAD && streams<S>(level);
+  // From a row to the next one: to the next channel, or over all channels of some positions.
+  const int64_t x_ahead = level.interleaved ? ROW : level.student.c,
+                z_ahead = level.interleaved ? ROW : level.teacher.c;
   Buffer<S> x_buffer, z_buffer, grad_buffer;
   Buffer<T> share, coefficient, wide_share, wide_coefficient;
   if (!level.interleaved) weigh(call, tile, tile.p0, tile.p1, factor, share.values, coefficient.values);
@@ -138,8 +141,8 @@ double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
                    row.size(),
                    static_cast<T>(1 / tau),
                    static_cast<T>(term.beta),
-                   x == x_buffer.values ? 0 : level.student.c,
-                   z == z_buffer.values ? 0 : level.teacher.c,
+                   x == x_buffer.values ? 0 : x_ahead,
+                   z == z_buffer.values ? 0 : z_ahead,
                    past_caches && grad != grad_buffer.values};
     if (level.interleaved) {
       weigh(call, tile, row.p0, row.p1, factor, share.values, coefficient.values);

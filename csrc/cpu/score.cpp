@@ -37,18 +37,19 @@ template <class S>
 inline float largest(const S* z, int64_t size) {
   if (size < WIDTH) return largest_one_by_one<float>(z, size);
   F32 best = load_wide(z), sum = best;
-  int64_t i = WIDTH;
-  for (; i + WIDTH <= size; i += WIDTH) {
-    const F32 v = load_wide(z + i);
+  const auto take = [&](F32 v) {
     best = Primitives<F32>::maximum(best, v);
     sum = sum + v;
+  };
+  int64_t i = WIDTH;
+  for (; i + WIDTH <= size; i += WIDTH) {
+    prefetch(z + i, ROW);
+    take(load_wide(z + i));
   }
-  // Once more, slowly, where there was a NaN, or both infinities.
-  for (int lane = 0; lane < WIDTH; ++lane)
-    if (sum[lane] != sum[lane]) return largest_one_by_one<float>(z, size);
-  float top = largest_one_by_one<float>(z + i, size - i);
-  for (int lane = 0; lane < WIDTH; ++lane) top = larger(top, best[lane]);
-  return top;
+  if (i < size) take(load_wide(z + size - WIDTH));  // some once more: a maximum does not mind
+  // All once more, slowly, where there was a NaN, or both infinities.
+  const float total = across_lanes(sum, [](F32 a, F32 b) { return a + b; });
+  return total == total ? across_lanes(best, Primitives<F32>::maximum) : largest_one_by_one<float>(z, size);
 }
 
 inline void sigmoid_run(double* v, int64_t size) {

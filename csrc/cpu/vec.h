@@ -176,6 +176,29 @@ FRS_INLINE void fence() {
 #endif
 }
 
+// Each lane has what the one APART from it had.
+template <int APART>
+FRS_INLINE F32 swap_lanes(F32 v) {
+#if defined(__clang__)
+  F32 swapped = v;
+  for (int lane = 0; lane < WIDTH; ++lane) swapped[lane] = v[lane ^ APART];
+  return swapped;
+#else  // GCC does not make a shuffle of that
+  I32 from = {};
+  for (int lane = 0; lane < WIDTH; ++lane) from[lane] = lane ^ APART;
+  return __builtin_shuffle(v, from);
+#endif
+}
+// f over all lanes: halves meet, then quarters, and so on.
+template <int APART = WIDTH / 2, class F>
+FRS_INLINE float across_lanes(F32 v, const F& f) {
+  v = f(v, swap_lanes<APART>(v));
+  if constexpr (APART > 1)
+    return across_lanes<APART / 2>(v, f);
+  else
+    return v[0];
+}
+
 // How numbers lie in memory: as floats, or as 16 bits of one kind or the other.
 struct Bf16 {
   uint16_t bits;

@@ -249,6 +249,7 @@ def segments_of(
         tensors = [v for e in rows for v in (student[e], teacher[e], grads[e])]
         shapes = [student[e].shape for e in rows]
         layout = lv.layout_of(tensors)
+        gaps = lv.gaps_of(tensors, layout)
         loss = table.loss[t]
         if loss == "kl" and not want_loss:
             loss = "bce"  # the same gradient: one kernel fewer to compile
@@ -256,10 +257,10 @@ def segments_of(
         block_c, block_p, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, itemsize)
         segments.append(
             lv.Segment(
-                len(order), len(order) + len(rows), layout, lv.vector_width(layout, tensors),
-                lv.wide_index(shapes, layout, block_c, block_p), block_c, block_p, chunk, double,
+                len(order), len(order) + len(rows), layout, lv.vector_width(layout, tensors, gaps),
+                lv.wide_index(shapes, layout, gaps, block_c, block_p), block_c, block_p, chunk, double,
                 loss, loss not in ZERO_AT_ZERO, t, logits and table.temperature[t] != 1, table.want_grad[t],
-                table.norms,
+                table.norms, bool(gaps),
             )
         )  # fmt: skip
         order += rows

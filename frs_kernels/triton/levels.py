@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 
@@ -30,7 +31,7 @@ class Segment:
     first: int
     last: int
     layout: str  # "nchw", "nhwc" or "strided"
-    vector: int  # elements of the narrowest dtype that fill 16 bytes, or 1 where an entry does not begin on 16 bytes
+    vector: int  # elements of the narrowest dtype that fill 16 bytes, or 1 where a line does not begin on 16 bytes
     wide_index: bool  # a tile spans 2^31 elements
     block_c: int
     block_p: int
@@ -42,6 +43,7 @@ class Segment:
     tempered: bool = False
     want_grad: bool = False
     norms: int = 1  # of as many levels an entry's norm is the sum
+    gaps: bool = False  # images or lines lie further apart than they are long: their strides are read
 
 
 class Sizes(NamedTuple):
@@ -54,7 +56,8 @@ class Sizes(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A tensor an entry, and where any is strided the strides, an axis a tuple over the entries, encoded by `odd`."""
+    """A tensor an entry, and where any is strided or has gaps their `strides_of`, an axis a tuple over the entries,
+    encoded by `odd`."""
 
     pointers: tuple[Tensor, ...]
     strides: tuple[tuple[int, ...], ...] | None
@@ -107,33 +110,60 @@ def chunk_of(channels: int, block: int, largest: int) -> int:
     return cdiv(cdiv(channels, cdiv(channels, largest)), block) * block
 
 
+def strides_of(x: Tensor) -> tuple[int, int, int, int]:
+    """Those of an axis of one element, which are arbitrary, are 0; that of W is also the positions' where W is 1."""
+    n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return n, c, h, w if x.shape[3] > 1 else h
+
+
+def has_lines(x: Tensor, layout: str) -> bool:
+    """Whether x lies in lines without a gap, channels ("nchw") or positions ("nhwc"), each any distance from the last.
+
+    So does a level that was cut out of (N, C, P) or (N, P, C), P the positions of all levels.
+    """
+    _, channels, height, width = x.shape
+    _, c, h, w = strides_of(x)
+    evenly = height <= 1 or h == width * w  # else p alone does not tell where a position is
+    inner = height * width <= 1 or w == 1 if layout == "nchw" else channels == 1 or c == 1
+    return x.numel() == 0 or (evenly and inner)
+
+
 def layout_of(tensors: Sequence[Tensor]) -> str:
     """The memory layout all these tensors share: "nchw", "nhwc", or "strided" for any other mix."""
-    if all(t.is_contiguous() for t in tensors):
-        return "nchw"
-    if all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors):
-        return "nhwc"
-    return "strided"
+    for layout, memory_format in FORMATS.items():
+        if all(x.is_contiguous(memory_format=memory_format) for x in tensors):
+            return layout
+    return next((layout for layout in FORMATS if all(has_lines(x, layout) for x in tensors)), "strided")
+
+
+def gaps_of(tensors: Sequence[Tensor], layout: str) -> list[tuple[int, int]]:
+    """Elements from one image to the next, and from one line, of every tensor; nothing where none has a gap there."""
+    if layout == "strided" or all(x.is_contiguous(memory_format=FORMATS[layout]) for x in tensors):
+        return []
+    return [(n, c if layout == "nchw" else w) for n, c, _, w in map(strides_of, tensors)]
 
 
 def columns_of(tensors: Sequence[Tensor], segments: Sequence[Segment]) -> Columns:
-    if all(segment.layout != "strided" for segment in segments):
+    if not any(segment.gaps or segment.layout == "strided" for segment in segments):
         return Columns(tuple(tensors), None)
-    return Columns(tuple(tensors), tuple(odd(axis) for axis in zip(*(x.stride() for x in tensors), strict=True)))
+    return Columns(tuple(tensors), tuple(odd(axis) for axis in zip(*map(strides_of, tensors), strict=True)))
 
 
-def vector_width(layout: str, tensors: Sequence[Tensor]) -> int:
+def vector_width(layout: str, tensors: Sequence[Tensor], gaps: Sequence[tuple[int, int]]) -> int:
     """As in `Segment`. The kernel picks an entry's pointer at run time, so one that is not aligned counts for all."""
-    if layout == "strided" or any(x.data_ptr() % 16 for x in tensors):
-        return 1
-    return 16 // min(x.element_size() for x in tensors)
+    width = 16 // min(x.element_size() for x in tensors)
+    unaligned = any(x.data_ptr() % 16 for x in tensors) or any(stride % width for pair in gaps for stride in pair)
+    return 1 if layout == "strided" or unaligned else width
 
 
-def wide_index(shapes: Iterable[torch.Size], layout: str, block_c: int, block_p: int) -> bool:
+def wide_index(
+    shapes: Iterable[torch.Size], layout: str, gaps: Sequence[tuple[int, int]], block_c: int, block_p: int
+) -> bool:
     """False if no tile spans 2^31 elements: a row of channels (nchw) or of positions (nhwc) times the stride."""
     if layout == "strided":
         return True
-    return max(block_c * s[2] * s[3] if layout == "nchw" else block_p * s[1] for s in shapes) >= 1 << 31
+    rows, lines = (block_c, (s[2] * s[3] for s in shapes)) if layout == "nchw" else (block_p, (s[1] for s in shapes))
+    return rows * max(*lines, 0, *(line for _, line in gaps)) >= 1 << 31
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
@@ -198,29 +228,43 @@ def entry_of(program, starts, SEGMENT: tl.constexpr):
 
 
 @triton.jit
+def stride_of(strides, AXIS: tl.constexpr, entry, SEGMENT: tl.constexpr):
+    """An entry's stride, in as many bits as it takes. Of lines that are aligned the compiler is told that it is."""
+    stride = size_of(pick(strides[AXIS], entry, SEGMENT))
+    if SEGMENT.vector > 1:
+        stride = stride // SEGMENT.vector * SEGMENT.vector
+    return stride
+
+
+@triton.jit
 def tile_start(n, c0, p0, channels, hw, strides, entry, SEGMENT: tl.constexpr):
     """Offset of channel c0 and position p0 of image n: a 64-bit scalar, as an entry may hold more than 2^31 elements.
 
     In the strided layout positions are not evenly spaced, so `tile_offsets` counts them from the image's first.
     """
     n = n.to(tl.int64)
-    if SEGMENT.layout == "nchw":
+    if SEGMENT.gaps or SEGMENT.layout == "strided":
+        start = n * stride_of(strides, 0, entry, SEGMENT) + c0 * channel_stride(hw, strides, entry, SEGMENT)
+        if SEGMENT.layout == "nchw":
+            start += p0
+        elif SEGMENT.layout == "nhwc":
+            start += p0 * stride_of(strides, 3, entry, SEGMENT).to(tl.int64)
+        return start
+    elif SEGMENT.layout == "nchw":
         return (n * channels + c0) * hw + p0
-    elif SEGMENT.layout == "nhwc":
-        return (n * hw + p0) * channels + c0
     else:
-        return n * size_of(pick(strides[0], entry, SEGMENT)) + c0 * channel_stride(hw, strides, entry, SEGMENT)
+        return (n * hw + p0) * channels + c0
 
 
 @triton.jit
 def channel_stride(hw, strides, entry, SEGMENT: tl.constexpr):
     """Elements from one channel to the next, a 64-bit scalar."""
-    if SEGMENT.layout == "nchw":
-        return hw.to(tl.int64)
-    elif SEGMENT.layout == "nhwc":
+    if SEGMENT.layout == "nhwc":
         return tl.full((), 1, tl.int64)
+    elif SEGMENT.gaps or SEGMENT.layout == "strided":
+        return stride_of(strides, 1, entry, SEGMENT).to(tl.int64)
     else:
-        return size_of(pick(strides[1], entry, SEGMENT)).to(tl.int64)
+        return hw.to(tl.int64)
 
 
 @triton.jit
@@ -232,14 +276,16 @@ def tile_offsets(c, p, p0, channels, hw, width, strides, entry, SEGMENT: tl.cons
     INDEX: tl.constexpr = tl.int64 if SEGMENT.wide_index else tl.int32
     c, p = c.to(INDEX), p.to(INDEX)
     if SEGMENT.layout == "nchw":
-        return (c * hw)[:, None] + p[None, :]
+        line = stride_of(strides, 1, entry, SEGMENT).to(INDEX) if SEGMENT.gaps else hw
+        return (c * line)[:, None] + p[None, :]
     elif SEGMENT.layout == "nhwc":
-        return (p * channels)[None, :] + c[:, None]
+        line = stride_of(strides, 3, entry, SEGMENT).to(INDEX) if SEGMENT.gaps else channels
+        return (p * line)[None, :] + c[:, None]
     else:
         p += p0
-        y = p // width * size_of(pick(strides[2], entry, SEGMENT))
-        x = p % width * size_of(pick(strides[3], entry, SEGMENT))
-        return (c * size_of(pick(strides[1], entry, SEGMENT)))[:, None] + (y + x)[None, :]
+        y = p // width * stride_of(strides, 2, entry, SEGMENT)
+        x = p % width * stride_of(strides, 3, entry, SEGMENT)
+        return (c * stride_of(strides, 1, entry, SEGMENT))[:, None] + (y + x)[None, :]
 
 
 @triton.jit

@@ -133,13 +133,17 @@ def segments_of(logits: Sequence[Tensor]) -> tuple[list[int], tuple[lv.Segment, 
         rows = [i for i, z in enumerate(logits) if z.dtype == dtype]
         levels = [logits[i] for i in rows]
         layout = lv.layout_of(levels)
+        gaps = lv.gaps_of(levels, layout)
         block_c, block_p = tile_of(layout, min(z.shape[1] for z in levels), dtype)
-        wide = lv.wide_index([z.shape for z in levels], layout, block_c, block_p)
-        vector = lv.vector_width(layout, levels)
+        wide = lv.wide_index([z.shape for z in levels], layout, gaps, block_c, block_p)
+        vector = lv.vector_width(layout, levels, gaps)
         most = max(z.shape[1] for z in levels)
         segments.append(
-            lv.Segment(len(order), len(order) + len(rows), layout, vector, wide, block_c, block_p, most, double)
-        )
+            lv.Segment(
+                len(order), len(order) + len(rows), layout, vector, wide, block_c, block_p, most, double,
+                gaps=bool(gaps),
+            )
+        )  # fmt: skip
         order += rows
     return order, tuple(segments)
 

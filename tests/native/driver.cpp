@@ -65,8 +65,8 @@ void dtypes_and_layouts(int& i) {
   for (DType d : DTYPES)  // every loss, with and without it, where the wide walks run
     for (Loss loss : {Loss::mse, Loss::l1, Loss::smooth_l1, Loss::bce, Loss::kl})
       for (bool want_loss : {true, false}) {
-        const Layout layouts[] = {contiguous, channel_gap, channels_last};
-        Call call = plain(loss, {{2, 16, 8, 8}}, d, layouts[i++ % 3]);
+        const Layout layouts[] = {contiguous, channel_gap, channels_last, packed_rows};
+        Call call = plain(loss, {{2, 16, 8, 8}}, d, layouts[i++ % 4]);
         call.want_loss = want_loss;
         run(std::string(NAMES[int(d)]) + " wide", call);
       }
@@ -181,6 +181,7 @@ void one_case() {
     call.entries.push_back({l, 1, 16, f32, f32, l == 1 ? misaligned : channel_gap, contiguous});
     call.entries.push_back({l, 1, 8, f32, f32, channels_last, channels_last});
     call.entries.push_back({l, 1, 8, bf16, bf16, contiguous, contiguous, 0.5, l == 2 ? 0.25 : 0});
+    call.entries.push_back({l, 1, 8, f32, f32, l == 0 ? batch_gap_last : packed_rows, channels_last});
   }
   run("one", call);
   call.no_mass = 1, call.together = false;

@@ -81,6 +81,8 @@ enum Layout {
   misaligned,
   misaligned_last,
   batch_gap,
+  batch_gap_last,
+  packed_rows,
   channel_gap,
   channel_gap_last,
   rows_apart,
@@ -90,10 +92,12 @@ enum Layout {
   far_images = LAYOUTS,
   far_channels
 };
-const char* const LAYOUT_NAMES[] = {"contiguous",  "channels_last", "misaligned",       "misaligned_last",
-                                    "batch_gap",   "channel_gap",   "channel_gap_last", "rows_apart",
-                                    "every_other", "transposed",    "far_images",       "far_channels"};
-bool is_last(Layout l) { return l == channels_last || l == misaligned_last || l == channel_gap_last; }
+const char* const LAYOUT_NAMES[] = {"contiguous",     "channels_last", "misaligned",  "misaligned_last",  "batch_gap",
+                                    "batch_gap_last", "packed_rows",   "channel_gap", "channel_gap_last", "rows_apart",
+                                    "every_other",    "transposed",    "far_images",  "far_channels"};
+bool is_last(Layout l) {
+  return l == channels_last || l == misaligned_last || l == channel_gap_last || l == batch_gap_last || l == packed_rows;
+}
 
 struct Shape {
   int64_t n, c, h, w;
@@ -117,6 +121,8 @@ struct Tensor {
       case misaligned_last: strides(h * w * c, 1, w * c, c); break;
       case channel_gap: strides(c * (h * w + 8), h * w + 8, w, 1); break;             // 8: lines stay aligned
       case channel_gap_last: strides(h * w * (c + 3), 1, w * (c + 3), c + 3); break;  // 3: rows of odd length
+      case batch_gap_last: strides(h * w * c + 1, 1, w * c, c); break;
+      case packed_rows: strides((h * w + 5) * c, 1, w * c, c); break;  // of (N, P, C)
       case batch_gap: strides((c + 1) * h * w + 1, h * w, w, 1); break;
       case rows_apart: strides(c * h * (w + 2), h * (w + 2), w + 2, 1); break;
       case every_other: strides(c * h * 2 * w, h * 2 * w, 2 * w, 2); break;
