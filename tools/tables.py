@@ -4,9 +4,9 @@
     python tools/tables.py --check    exit 1 if that would change a file
 
 The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
-to its output folder, those of `mmdet` from examples/mmdet/results.json and `make demo-mmdet`, those of `performance`,
-`speed` and `targets` from benchmarks/results, with its plots, those of `normalizers` from examples/digits/normalizers.
-Nobody types them.
+to its output folder, those of `mmdet` and `frameworks` from results.json in examples/mmdet and examples/frameworks and
+from `make demo-mmdet` and `make demo-frameworks`, those of `performance`, `speed` and `targets` from
+benchmarks/results, with its plots, those of `normalizers` from examples/digits/normalizers. Nobody types them.
 """
 
 from __future__ import annotations
@@ -113,6 +113,33 @@ def mmdet() -> list[str]:
         f"onedl-mmdetection {results['versions']['onedl-mmdetection']}, torch {results['versions']['torch']}."
     )
     return [*lines, "", shown]
+
+
+def frameworks() -> list[str]:
+    """Teacher, student alone and distilled, of each framework."""
+    results = json.loads((EXAMPLES / "frameworks" / "results.json").read_text())
+    columns = ("", "", "AP", "AP50", "AP75", "gain", "parameters", "ms a step")
+    body = []
+    for name, found in results["frameworks"].items():
+        arms, first = found["arms"], f"{name}, {found['detector']}"
+        for arm, row in arms.items():
+            ap, ms = row["mean"]["AP"], row["step_ms"]
+            gain = "" if arm in ("teacher", "alone") else f"{ap - arms['alone']['mean']['AP']:+.1f}"
+            cells = [number(ap, row["spread"]), *(number(row["mean"][m]) for m in ("AP50", "AP75")), gain]
+            cells += [f"{row['parameters']:,}", "" if ms is None else f"{ms:.0f}"]
+            body.append([first, row["label"], *cells])
+            first = ""
+    machine, versions, count = results["machine"], results["versions"], len(results["seeds"])
+    shared = ", while other programs ran" if machine["shared"] else ""
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    shown = (
+        f"COCO AP on {results['pictures']['val']} pictures, mean ± standard deviation over {count} seeds. A step: a "
+        f"whole training step of {results['batch']} pictures, the arms in turn{shared}; medians. {machine['cpu']} with "
+        f"{machine['capability']}, {machine['cores']} cores, {threads} a process, "
+        f"torch {versions['torch']}, torchvision {versions['torchvision']}, ultralytics "
+        f"{versions['ultralytics']}."
+    )
+    return [*markdown(columns, body), "", shown]
 
 
 def devices() -> list[Path]:
@@ -266,6 +293,7 @@ BLOCKS = {
     "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
     "normalizers": (normalizers, (ROOT / "docs" / "math.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
+    "frameworks": (frameworks, (EXAMPLES / "frameworks" / "README.md",)),
 }
 
 

@@ -1,6 +1,6 @@
 """Distil torchvision's RetinaNet and Ultralytics' YOLO11 on the digits, and compare COCO's AP with the students' alone.
 
-python -m examples.frameworks                            both, three seeds: about half an hour on two cores
+python -m examples.frameworks                            both, three seeds: an hour or so on two cores
 python -m examples.frameworks --frameworks torchvision   or ultralytics
 python -m examples.frameworks --quick                    under a minute: shows only that every part works
 
@@ -37,11 +37,11 @@ from examples.frameworks.jobs import BATCH, SIDE, settings, time_steps, train
 FRAMEWORKS = {"torchvision": "RetinaNet", "ultralytics": "YOLO11"}
 LABELS = {
     "teacher": "teacher", "alone": "student alone", "distilled": "student + Distiller",
-    "built-in": "student, the built-in distillation",
+    "preset": "the same, the preset's weights", "built-in": "the built-in distillation",
 }  # fmt: skip
-ARMS = {"torchvision": ("alone", "distilled"), "ultralytics": ("alone", "distilled", "built-in")}
+ARMS = {"torchvision": ("alone", "distilled"), "ultralytics": ("alone", "distilled", "preset", "built-in")}
 PACKAGES = ("torch", "torchvision", "ultralytics", "pycocotools", "numpy")
-ROUNDS = 25
+ROUNDS = 9
 """Steps of each arm that are timed, in turn."""
 
 
@@ -68,6 +68,7 @@ def compare(console: Console, options: argparse.Namespace) -> dict[str, Any]:
             "settings": {arm: settings(options, name, arm) for arm in ("teacher", "distilled")},
         }
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine["capability"] = torch.backends.cpu.get_cpu_capability()
     return {
         "frameworks": frameworks,
         "pictures": options.counts,
@@ -119,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.out, options.seeds = options.out / "quick", options.seeds[:1]
     options.rounds = 1 if options.quick else ROUNDS
     options.iterations = {"teacher": 2, "student": 2} if options.quick else {"teacher": 700, "student": 500}
-    options.epochs = {"teacher": 1, "student": 1} if options.quick else {"teacher": 5, "student": 3}
+    options.epochs = {"teacher": 1, "student": 1} if options.quick else {"teacher": 5, "student": 2}
     options.lr = {"teacher": 3e-3, "student": 5e-3}
     options.cores = torch.get_num_threads()
     options.threads = max(1, options.cores // options.processes)

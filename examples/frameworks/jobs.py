@@ -49,7 +49,7 @@ def settings(options: argparse.Namespace, framework: str, arm: str) -> dict[str,
     from examples.frameworks import yolo
 
     chosen |= {"epochs": options.epochs[role], "width": yolo.WIDTH, "trainer": yolo.SETTINGS}
-    return chosen | ({"distiller": yolo.OPTIONS} if arm == "distilled" else {})
+    return chosen | {"distiller": yolo.ARMS.get(arm, {})}
 
 
 def train(options: argparse.Namespace, framework: str, arm: str, seed: int) -> dict[str, Any]:

@@ -30,17 +30,15 @@ SETTINGS: dict[str, Any] = {
     "cache": "ram", "device": "cpu", "workers": 0, "val": False, "plots": False, "amp": False, "pretrained": False,
     "exist_ok": True, "verbose": False, "deterministic": False,
 }  # fmt: skip
-OPTIONS: dict[str, Any] = {"warmup": 100}
-"""What the distiller is given beside the preset "ultralytics"."""
-ARMS = ("alone", "distilled", "built-in")
+ARMS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "distilled": {"normalizer": "total_mass", "feat_weight": 0.1, "cls_weight": 3.0, "warmup": 100},
+    "preset": {"warmup": 100},
+    "built-in": {},
+}
+"""What the distiller is given, over the preset "ultralytics"."""
 LEAST = 0.01
 """Detections that score less are not judged."""
-
-
-class Student(DistillingTrainer, DetectionTrainer):
-    """`teacher` is set before it trains."""
-
-    distiller = OPTIONS
 
 
 def write_labels(folder: Path) -> Path:
@@ -89,8 +87,8 @@ def train(
         "project": str(folder.parent.resolve()), "name": folder.name,
     }  # fmt: skip
     trainer: type[DetectionTrainer] = DetectionTrainer
-    if arm == "distilled":
-        trainer = type("Taught", (Student,), {"teacher": teacher})
+    if ARMS.get(arm):
+        trainer = type("Taught", (DistillingTrainer, DetectionTrainer), {"teacher": teacher, "distiller": ARMS[arm]})
     elif arm == "built-in":
         settings["distill_model"] = str(teacher)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +122,9 @@ def steps(split: Split, teacher: Path, size: int, folder: Path) -> dict[str, Cal
     for arm in ARMS:
         model: Any = YOLO(write_student(folder), verbose=False).model.train()
         model.args = get_cfg(overrides={"imgsz": SIDE})
-        if arm == "distilled":
-            model = Wrapped(model, YOLO(teacher).model.float(), recipe="ultralytics", preset="ultralytics", **OPTIONS)
+        if ARMS[arm]:
+            options = {"recipe": "ultralytics", "preset": "ultralytics", **ARMS[arm]}
+            model = Wrapped(model, YOLO(teacher).model.float(), **options)
         elif arm == "built-in":
             model = DistillationModel(teacher_model=YOLO(teacher).model.float(), student_model=model).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)

@@ -25,12 +25,12 @@ def run(out):
 def test_every_part_works_and_what_finished_is_kept(tmp_path):
     found = run(tmp_path)
     assert list(found["torchvision"]["arms"]) == ["teacher", "alone", "distilled"]
-    assert list(found["ultralytics"]["arms"]) == ["teacher", "alone", "distilled", "built-in"]
+    assert list(found["ultralytics"]["arms"]) == ["teacher", "alone", "distilled", "preset", "built-in"]
     for framework in found.values():
         arms = framework["arms"]
         assert arms["distilled"]["parameters"] == arms["alone"]["parameters"] < arms["teacher"]["parameters"]
         assert all(arms[arm]["step_ms"] > 0 for arm in arms if arm != "teacher")
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    assert len(stamps) >= 7
+    assert len(stamps) >= 8
     run(tmp_path)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
