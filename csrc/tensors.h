@@ -23,7 +23,7 @@ void require(bool condition, const Words&... words) {
   if (condition) return;
   std::ostringstream message;
   (message << ... << words);
-  throw std::invalid_argument(message.str());
+  throw std::runtime_error(message.str());
 }
 
 // A tensor, and what the checks and the structs of verbs.h ask of it, asked once: each question is a call into torch,
@@ -78,7 +78,7 @@ DType dtype_of(ScalarType type) {
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: throw std::invalid_argument("needs float32, float64, bfloat16 or float16");
+    default: throw std::runtime_error("needs float32, float64, bfloat16 or float16");
   }
 }
 

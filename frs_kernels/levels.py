@@ -29,25 +29,25 @@ def level_slices(entries: Sequence[Tensor], level: Sequence[int], total: int) ->
     """Where each level's scores lie in the flat buffer of `total`, given entries of those levels.
 
     Raises:
-        ValueError: a level has no entry, its entries differ in size, or the sizes do not add up to `total`.
+        RuntimeError: a level has no entry, its entries differ in size, or the sizes do not add up to `total`.
     """
     sizes: dict[int, int] = {}
     for x, number in zip(entries, level, strict=True):
         if sizes.setdefault(number, positions(x)) != positions(x):
-            raise ValueError(f"the entries of level {number} have {sizes[number]} and {positions(x)} positions")
+            raise RuntimeError(f"the entries of level {number} have {sizes[number]} and {positions(x)} positions")
     slices, first = [], 0
     for number in range(max(level) + 1):
         if number not in sizes:
-            raise ValueError(f"level {number} has no entry; levels are numbered from 0 without a gap")
+            raise RuntimeError(f"level {number} has no entry; levels are numbered from 0 without a gap")
         slices.append(slice(first, first + sizes[number]))
         first += sizes[number]
     if first != total:
-        raise ValueError(f"the levels have {first} positions, scores hold {total}")
+        raise RuntimeError(f"the levels have {first} positions, scores hold {total}")
     return slices
 
 
 def require_entries(term: Sequence[int], terms: int) -> None:
-    """Raise ValueError where a term has no entry."""
+    """Raise RuntimeError where a term has no entry."""
     for number in range(terms):
         if number not in term:
-            raise ValueError(f"term {number} has no entry")
+            raise RuntimeError(f"term {number} has no entry")

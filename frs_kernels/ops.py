@@ -49,10 +49,10 @@ class Verbs(NamedTuple):
 def _check_tensors(*lists: Sequence[Tensor]) -> None:
     """All are there, on one device: a call with one meta tensor comes to a fake implementation, however malformed."""
     if not all(lists) or any(t is None for tensors in lists for t in tensors):
-        raise ValueError("a list of tensors is empty, or a tensor is None")
+        raise RuntimeError("a list of tensors is empty, or a tensor is None")
     devices = {t.device for tensors in lists for t in tensors}
     if len(devices) > 1:
-        raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; one device is needed")
+        raise RuntimeError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; one device is needed")
 
 
 def _score_fake(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def _imitate_fake(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _check_tensors(student, teacher, (scores, norm))
     if len(term) != len(student) or not all(0 <= t < len(want_grad) for t in term):
-        raise ValueError(
+        raise RuntimeError(
             f"term needs an element an entry, {len(student)}, each the number of one of {len(want_grad)} terms"
         )
     dtype = accumulate_dtype(*student, *teacher)

@@ -41,7 +41,7 @@ def test_a_backend_that_has_no_maths_for_it_refuses_it(rng, monkeypatch):
     monkeypatch.setitem(LOSSES, "quartic", Pointwise(quartic, takes_logits=False))
     p = pyramid(rng)
     mask = [s[:, 0].detach().abs() for s in p.s]
-    with pytest.raises(ValueError, match="loss 'quartic' is unknown; the valid ones are 'mse', 'l1'"):
+    with pytest.raises(RuntimeError, match="loss 'quartic' is unknown; the valid ones are 'mse', 'l1'"):
         masked_imitation_loss(p.s, p.t, mask, loss="quartic", backend="cpu")
 
 

@@ -32,6 +32,8 @@ def pair(**student: Any) -> tuple[Detector, Detector]:
 def distiller(student: nn.Module | None = None, teacher: nn.Module | None = None, **options: Any) -> Distiller:
     s, t = pair()
     arguments = {"feats": "neck", "logits": "head.cls", "warmup": 0, "example": EXAMPLE, **options}
+    if "preset" not in options:
+        arguments = {"normalizer": "mass", **arguments}
     return Distiller(student or s, teacher or t, **arguments)
 
 
@@ -136,6 +138,14 @@ def test_a_mask_of_the_teachers_logits():
     losses, terms = d(x), by_hand(d, x, mask=mask)
     assert torch.allclose(losses["loss_frs_feat"], terms.feat, rtol=1e-6)
     assert torch.allclose(losses["loss_frs_cls"], terms.cls, rtol=1e-6)
+
+
+def test_without_a_preset_all_levels_have_one_denominator():
+    s, t = pair()
+    x = images()
+    d = Distiller(s, t, feats="neck", logits="head.cls", warmup=0, example=EXAMPLE)
+    assert torch.allclose(d(x)["loss_frs_feat"], by_hand(d, x, normalizer="total_mass").feat, rtol=1e-6)
+    assert distiller(preset="gfl").criterion.options.normalizer == "mass"
 
 
 def test_levels_that_are_chosen():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import each_backend, relative, run
-from toy_detectors import images
+from torch.distributed.fsdp import fully_shard
+from toy_detectors import Detector, images
 from truth import pyramid
 from workers import (
     Model,
@@ -20,7 +21,7 @@ from workers import (
     sharded,
 )
 
-from frs_kernels import fsr_loss, masked_imitation_loss
+from frs_kernels import Distiller, fsr_loss, masked_imitation_loss
 
 BATCH = ((4, 2, 3), (4, 1, 1))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
@@ -98,3 +99,17 @@ def test_fully_sharded(tmp_path, returns, parts):
         assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
         pairs = zip(result["weights"], distiller.parameters(), strict=True)
         assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)
+
+
+def test_what_is_sharded_in_part_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x = images(n=2)
+        distiller = make_distiller(x)
+        fully_shard(distiller.student)
+        with pytest.raises(RuntimeError, match=r"the student is sharded, the adapter is not: fully_shard\(distiller\)"):
+            distiller(x)
+        with pytest.raises(ValueError, match="make the distiller first"):
+            Distiller(distiller.student, Detector(), feats="neck", logits="head.cls", example=(x,))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -236,7 +236,7 @@ def test_an_operator_called_alone_refuses_what_would_read_outside(rng, namespace
     make, message = REFUSED[change]
     args = make(p.map(torch.clone), *VERBS["torch"].score(p.z))
     entries = [Entry(p.x[level], p.z[level], level) for level in range(len(TINY))]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops, namespace).imitate(*args, *columns(entries, [Term("bce")]))
 
 
@@ -279,5 +279,5 @@ def test_a_table_that_does_not_fit_is_refused(rng, namespace, verb, wrong):
     if wrong == "a term without entries":
         for other in ("weight", "factor", "temperature", "beta", "want_grad"):
             table[COLUMNS.index(other)] *= 2
-    with unharmed(*x, *p.z), pytest.raises(ValueError, match=f"({verb}|imitate): "):
+    with unharmed(*x, *p.z), pytest.raises(RuntimeError, match=f"({verb}|imitate): "):
         operator(x, p.z, *masks, *table)

@@ -33,7 +33,7 @@ Kernels choose() {
   const char* asked = std::getenv("FRS_CPU");
   const std::string most = asked && *asked ? asked : "avx512";
   if (most != "baseline" && most != "avx2" && most != "avx512")
-    throw std::invalid_argument("FRS_CPU='" + most + "' is unknown; the valid ones are baseline, avx2, avx512");
+    throw std::runtime_error("FRS_CPU='" + most + "' is unknown; the valid ones are baseline, avx2, avx512");
 #if defined(__x86_64__)
   if (most == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
-from frs_kernels.distill.pairing import Distilling, check_finite, choose_levels, make_adapter, make_shares, ramp
+from frs_kernels.distill.pairing import (
+    UNTUNED,
+    Distilling,
+    check_finite,
+    choose_levels,
+    make_adapter,
+    make_shares,
+    ramp,
+)
 from frs_kernels.distill.tap import COMPILED, Source, Tap
 from frs_kernels.distill.teacher import fast_teacher as make_fast
 from frs_kernels.modules import FSRLoss
@@ -66,9 +74,9 @@ class Distiller(Distilling, nn.Module):
 
     to what the student returns, if that is a dict of scalars; else `loss()` hands out their sum. In eval mode it is
     the student alone. The teacher is outside the module tree: in no checkpoint, optimiser or DDP bucket. `train()`
-    leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model. DDP wraps
-    the distiller, not the student; torch.compile takes the student or its parts, not the distiller. `distiller.terms`
-    are the last call's (`FSRTerms`).
+    leaves it in eval mode, and `.to()` and the like move it along. `distiller.student` is the plain model,
+    `distiller.terms` are the last call's (`FSRTerms`). DDP and fully_shard wrap the distiller, not the student;
+    torch.compile takes the student or its parts, not the distiller.
 
     Args:
         student, teacher: detectors. The teacher is frozen and put into eval mode.
@@ -77,7 +85,8 @@ class Distiller(Distilling, nn.Module):
         of_teacher: those that differ in the teacher, dict(feats=..., logits=...).
         recipe: instead of the three "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
             the student's and the teacher's.
-        preset: a name in `frs_kernels.PRESETS`; None for weights of 1. With a cls_weight of 0 the head is left out.
+        preset: a name in `frs_kernels.PRESETS`; None for weights of 1 and normalizer="total_mass", which was the better
+            one wherever it was tried (docs/math.md). With a cls_weight of 0 the head is left out.
         mask: "richness", "ones", or a function of the teacher's logits (a list of (N, K, H, W)) that gives (N, H, W)
             a level; `frs_kernels.distill.masks` has some.
         levels: indices of the levels that are distilled, of both; all by default.
@@ -133,6 +142,8 @@ class Distiller(Distilling, nn.Module):
                 "the student is wrapped for data parallel training already, and the adapter would be left out; wrap "
                 "the distiller: DistributedDataParallel(Distiller(student, ...))"
             )
+        if _is_sharded(student):
+            raise ValueError("the student is sharded already; make the distiller first, then fully_shard(distiller)")
         if not any(p.requires_grad for p in student.parameters()):
             raise ValueError(
                 "no parameter of the student requires a gradient: are student and teacher swapped, or was it loaded "
@@ -150,7 +161,7 @@ class Distiller(Distilling, nn.Module):
             checks.check_option("preset", preset, tuple(PRESETS))
         if "return_terms" in options:
             raise TypeError("return_terms is the distiller's own; the last call's terms are in distiller.terms")
-        merged: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **options}
+        merged: dict[str, Any] = {**(PRESETS[preset] if preset else UNTUNED), **options}
         self.criterion = FSRLoss(**merged)
         if recipe is None:
             if unknown := set(of_teacher or {}) - {"feats", "logits"}:
@@ -278,6 +289,8 @@ class Distiller(Distilling, nn.Module):
             self._losses = None
         if not self.training:
             return self.student(*args, **kwargs)
+        if self.adapter is not None and _is_sharded(self.student) and not _is_sharded(self):
+            raise RuntimeError("the student is sharded, the adapter is not: fully_shard(distiller) does both")
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
         version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
@@ -369,3 +382,8 @@ class Distiller(Distilling, nn.Module):
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """By FSDP2, which gives a module another class; importing that takes a third of a second."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)

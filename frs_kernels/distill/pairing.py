@@ -15,6 +15,8 @@ from frs_kernels.functional import FSRTerms, fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 
 Levels = Sequence[Tensor]
+UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
+"""What takes the place of a preset."""
 UNUSED = 32  # calls, more than anybody adds up before a backward pass
 
 

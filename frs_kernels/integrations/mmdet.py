@@ -34,6 +34,7 @@ from torch import Tensor
 from frs_kernels import PRESETS, FSRLoss, Richness, checks, richness_mask
 from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
+    UNTUNED,
     Distilling,
     check_finite,
     choose_levels,
@@ -75,7 +76,8 @@ class FRSDistiller(Distilling, BaseDetector):
         student: the student's model config: a dict, a config file, or "mmdet::<config>".
         teacher: the teacher's, likewise. Its images are normalised as the student's.
         teacher_checkpoint: file or URL of the teacher's weights; every key must fit.
-        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn"; None for weights of 1.
+        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn"; None for weights of 1 and
+            normalizer="total_mass" (docs/math.md).
         loss: further keywords of `frs_kernels.FSRLoss` that override the preset's, say dict(feat_weight=0.01,
             cls_loss="kl", level_weights=[...]).
         terms: "both", "features" or "head": the paper's ablation.
@@ -267,7 +269,7 @@ def _options(preset: str | None, loss: Any) -> dict[str, Any]:
         checks.check_option("preset", preset, tuple(PRESETS))
     if loss is not None and not isinstance(loss, dict):
         raise TypeError(f"loss must be a dict of keywords of FSRLoss, got {type(loss).__name__}")
-    options = {**(PRESETS[preset] if preset else {}), **(loss or {})}
+    options = {**(PRESETS[preset] if preset else UNTUNED), **(loss or {})}
     if taken := {"return_terms", "process_group"} & set(options):
         raise ValueError(f"loss has {', '.join(sorted(taken))}: set by FRSDistiller itself (average_mass=True)")
     return options

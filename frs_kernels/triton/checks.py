@@ -24,18 +24,18 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise RuntimeError(message)
 
 
 def check_tensors(verb: str, argument: str, tensors: Sequence[Tensor], device: torch.device) -> None:
     """(N, C, H, W) with C at least 1, floating point, all on one device.
 
     Raises:
-        ValueError
+        RuntimeError
     """
     for number, x in enumerate(tensors):
         if x.dim() != 4 or x.shape[1] == 0 or x.dtype not in FLOATS or x.device != device:
-            raise ValueError(
+            raise RuntimeError(
                 f"{verb}: {argument}[{number}] must be (N, C, H, W) with C at least 1, float32, float64, bfloat16 or"
                 f" float16, on {device}; got {tuple(x.shape)}, {x.dtype}, on {x.device}"
             )
@@ -45,7 +45,7 @@ def check_score(logits: Sequence[Tensor]) -> list[int]:
     """Where each level's scores begin, and last their number.
 
     Raises:
-        ValueError
+        RuntimeError
     """
     require(len(logits) > 0, "score: logits is empty; it needs (N, C, H, W) tensors, one a level")
     check_tensors("score", "logits", logits, logits[0].device)
@@ -58,7 +58,7 @@ def check_imitate(
     """Where each level's scores begin, and last their number.
 
     Raises:
-        ValueError
+        RuntimeError
     """
     require(len(student) > 0, "imitate: student is empty; it needs at least one entry")
     check_tensors("imitate", "student", student, scores.device)
@@ -97,7 +97,7 @@ def check_table(entries: int, device: torch.device, table: Table) -> None:
     """Its columns are complete, and what they hold is in range.
 
     Raises:
-        ValueError
+        RuntimeError
     """
     terms = len(table.loss)
     require(terms > 0, "imitate: loss is empty; it needs a name a term")
@@ -125,7 +125,7 @@ def check_scale(grads: Sequence[Tensor], factor: Tensor) -> None:
     """A 0-dim factor, and gradients beside it.
 
     Raises:
-        ValueError
+        RuntimeError
     """
     fits = factor.dim() == 0 and factor.dtype in FLOATS
     require(fits, f"scale_: factor must be 0-dim and floating point, got {tuple(factor.shape)}, {factor.dtype}")

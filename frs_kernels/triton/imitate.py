@@ -294,7 +294,7 @@ def imitate(
     """Launch `imitate_kernel`; arguments and results as in `frs_kernels.reference.imitate`.
 
     Raises:
-        ValueError: before any launch, where the arguments do not fit each other.
+        RuntimeError: before any launch, where the arguments do not fit each other.
     """
     table = Table(
         level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, norm.numel() if joint else 1

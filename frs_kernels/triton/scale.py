@@ -50,7 +50,7 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     """Launch `scale_kernel` on the dense gradients; a gradient with gaps takes PyTorch's own multiplication.
 
     Raises:
-        ValueError: before any launch, where the arguments do not fit each other.
+        RuntimeError: before any launch, where the arguments do not fit each other.
     """
     check_scale(grads, factor)
     dense = [g for g in grads if lv.is_dense(g)]

@@ -152,7 +152,7 @@ def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Launch `score_kernel`; shapes as in `frs_kernels.reference.score`.
 
     Raises:
-        ValueError: before any launch, where a level is none.
+        RuntimeError: before any launch, where a level is none.
     """
     first_positions = check_score(logits)
     dtype, device = accumulate_dtype(*logits), logits[0].device

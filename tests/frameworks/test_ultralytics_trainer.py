@@ -86,7 +86,7 @@ class Watching(DetectionTrainer):
 
 def test_student_and_adapter_are_trained_and_the_teacher_is_not(folder, tmp_path):
     before = YOLO(folder / "teacher.pt").model.float().state_dict()
-    made = run(folder, tmp_path, trainer(folder, Watching, warmup=0), epochs=2).trainer
+    made = run(folder, tmp_path, trainer(folder, Watching, warmup=0, fast_teacher=False), epochs=2).trainer
     assert isinstance(made.model, Wrapped)
     adapter = list(made.model.adapter.parameters())
     groups = [p for group in made.optimizer.param_groups for p in group["params"]]
