@@ -1,8 +1,8 @@
 // The operators as torch sees them: checks, outputs. Compiled once for each library: with USE_CUDA it registers
 // the CUDA implementations over csrc/cuda/, without it the CPU implementations over csrc/cpu/.
 //
-// The schemas are Python's (frs_kernels/ops.py). Errors are std::runtime_error, before anything is allocated or written:
-// Python sees a RuntimeError, as of torch's own operators, and from torch 2.15 on it sees no other.
+// The schemas are Python's (frs_kernels/ops.py). Errors are std::runtime_error, before anything is allocated or
+// written: Python sees a RuntimeError, as of torch's own operators, and from torch 2.15 on it sees no other.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
