@@ -334,14 +334,12 @@ def split_packed(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tenso
             f"logits {tuple(packed.shape)}: {which} the {positions} positions of the levels {list(sizes)}; give the "
             "levels apart, or the features that the head is given"
         )
-    levels, begin = [], 0
-    for h, w in sizes:
-        if in_columns:
-            levels.append(packed[:, :, begin : begin + h * w].unflatten(2, (h, w)))
-            begin += h * w
-        else:
-            rows = h * w * (first // positions)
-            part = packed[:, begin : begin + rows]
-            levels.append(part.reshape(n, h, w, first // positions * second).permute(0, 3, 1, 2))
-            begin += rows
-    return levels
+    # split, not slices: the gradient of each of those would be a tensor of the whole size.
+    if in_columns:
+        parts = packed.split([h * w for h, w in sizes], 2)
+        return [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+    anchors = first // positions
+    parts = packed.split([h * w * anchors for h, w in sizes], 1)
+    return [
+        part.reshape(n, h, w, anchors * second).permute(0, 3, 1, 2) for part, (h, w) in zip(parts, sizes, strict=True)
+    ]
