@@ -19,6 +19,7 @@ from workers import (
     make_distiller,
     masked_losses,
     sharded,
+    shared_weight,
 )
 
 from frs_kernels import Distiller, fsr_loss, masked_imitation_loss
@@ -99,6 +100,13 @@ def test_fully_sharded(tmp_path, returns, parts):
         assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
         pairs = zip(result["weights"], distiller.parameters(), strict=True)
         assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)
+
+
+def test_a_gradient_share_over_ranks(tmp_path):
+    """One weight for all, from the norms of all: sqrt(2^2 + 3^2) / sqrt(2), then 2 / w, averaged as logarithms."""
+    found = launch(shared_weight, tmp_path)
+    first = 0.3 * (13 / 2) ** 0.5
+    assert found[0] == found[1] == pytest.approx((first * 0.3 * 2) ** 0.5, rel=1e-5)
 
 
 def test_what_is_sharded_in_part_is_refused():

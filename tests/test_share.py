@@ -70,6 +70,15 @@ def test_the_mean_is_plain_at_first_then_exponential(rng):
         assert torch.allclose(share.weight.log(), expected, atol=1e-6)
 
 
+def test_fp64_and_16_bits(rng):
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(4, generator=rng).to(dtype).requires_grad_()
+        share = GradientShare(0.3)
+        (x.sum() + share.weight.to(dtype) * share.watch([x])[0].sum()).backward()
+        share.update()
+        assert torch.allclose(share.weight, torch.tensor(0.3), rtol=1e-2)
+
+
 @pytest.mark.parametrize("spoil", ["no term", "no rest", "overflow", "nan"])
 def test_a_pass_that_says_nothing_changes_nothing(spoil):
     share = GradientShare(0.3, weight=0.5)
@@ -117,7 +126,10 @@ def test_it_is_saved_copied_and_stays_fp32():
     other = GradientShare(0.3)
     other.load_state_dict(share.state_dict())
     assert other.weight == share.weight
-    assert share.half().weight.dtype == torch.float32
+    small = GradientShare(0.3, weight=1e-9).half().to_empty(device="cpu")
+    assert small.weight.dtype == torch.float32
+    assert small.weight == GradientShare(0.3, weight=1e-9).weight
+    assert small.updates == 0
     x = torch.ones(3, requires_grad=True)
     torch.autograd.grad(share.watch([x])[0].sum(), x, create_graph=True)
     assert copy.deepcopy(share).weight == share.weight

@@ -16,7 +16,7 @@ from frs_kernels import fsr_loss
 from frs_kernels.distill import fast_teacher, teacher
 
 
-class Frozen(nn.Module):
+class FrozenBatchNorm2d(nn.Module):
     """torchvision's frozen batch norm, in short: buffers, and no functional call of batch_norm."""
 
     def __init__(self, channels: int) -> None:
@@ -37,7 +37,7 @@ class Net(nn.Module):
         super().__init__()
         self.plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.biased = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8, affine=True))
-        self.frozen = nn.Sequential(nn.Conv2d(8, 8, 1), Frozen(8))
+        self.frozen = nn.Sequential(nn.Conv2d(8, 8, 1), FrozenBatchNorm2d(8))
         self.conv, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.shared, self.norms = nn.Conv2d(8, 8, 1), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
         self.between = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
@@ -172,8 +172,77 @@ def test_a_teacher_that_overflows_is_an_error_that_names_the_level():
     plain = Normed(9)
     with torch.no_grad():
         plain.neck.convs[1][0].bias.fill_(7e4)
+    d = distiller(teacher=plain, fast_teacher={"dtype": torch.float16})
     with pytest.raises(ValueError, match=r"the teacher's feats\[1\] are not finite in torch.float16"):
-        distiller(teacher=plain, fast_teacher={"dtype": torch.float16})
+        d(images())
+
+
+def test_16_bits_are_decided_where_the_first_step_is(monkeypatch):
+    """mmengine, among others, moves a model to its device after it was built."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    d = distiller(teacher=Normed(9), fast_teacher={"dtype": "auto"})
+    assert {p.dtype for p in d.teacher.parameters()} == {torch.float32}
+    d(images())
+    assert {p.dtype for p in d.teacher.parameters()} == {torch.bfloat16}
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def make(kind: str) -> nn.Module:
+    conv, norm = nn.Conv2d(3, 4, 1), Activated(4) if kind == "a norm that does more" else nn.BatchNorm2d(4)
+    model = nn.Sequential(conv, norm).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.2, 3)
+    if kind == "a hook on the convolution":
+        conv.register_forward_hook(lambda module, given, out: out.relu())
+    if kind == "a hook on the norm":
+        norm.register_forward_hook(lambda module, given, out: out.relu())
+    if kind == "two names":
+        model.other = norm
+        model.steps = [conv, norm]
+        model.forward = lambda x: model.steps[1](model.steps[0](x))
+    if kind == "a container that is tapped":
+        model = nn.Sequential(nn.Sequential(conv), nn.Sequential(norm)).eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "folded"),
+    [
+        ("nothing special", 1),
+        ("a norm that does more", 0),
+        ("a hook on the convolution", 0),
+        ("a hook on the norm", 0),
+        ("two names", 1),
+        ("a container that is tapped", 0),
+    ],
+)
+def test_relations_that_do_not_show(kind, folded):
+    torch.manual_seed(0)
+    model = make(kind)
+    right = model(images())
+    tapped = ["0"] if kind == "a container that is tapped" else []
+    with torch.no_grad():
+        assert teacher.fold_batch_norms(model, run(images()), tapped) == folded
+        assert torch.allclose(model(images()), right, rtol=1e-4, atol=1e-5)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.flatten(2)[:, :, :8]
+        return self.attention(rows, rows, rows)
+
+
+def test_what_is_read_and_not_called_cannot_be_freed():
+    with pytest.raises(ValueError, match="leave out free=True"):
+        fast_teacher(Attends(), run(images()), free=True)
 
 
 def test_a_teacher_that_cannot_be_copied():

@@ -15,6 +15,7 @@ from toy_detectors import Detector
 from truth import Pyramid
 
 from frs_kernels import Distiller, FSRLoss, fsr_loss, masked_imitation_loss
+from frs_kernels.distill import GradientShare
 
 RANKS = 2
 
@@ -80,6 +81,17 @@ def masked_losses(rank: int, p: Pyramid, mask: list[Tensor]) -> float:
     mine, teachers = (half(rank, levels) for levels in (p.s or [], p.t or []))
     group = dist.group.WORLD
     return masked_imitation_loss(mine, teachers, half(rank, mask), process_group=group, backend="torch").item()
+
+
+def shared_weight(rank: int) -> float:
+    """After two updates over both ranks' gradients, of the second of which this rank may have seen nothing."""
+    share = GradientShare(0.3)
+    for step in range(2):
+        x = torch.ones(3, requires_grad=True)
+        if step == 0 or rank == 0:
+            ((rank + 2) * x.sum() + share.weight * share.watch([x])[0].sum()).backward()
+        share.update(process_group=dist.group.WORLD)
+    return share.weight.item()
 
 
 def make_distiller(images: Tensor, returns: str = "losses", group: Any = None) -> Distiller:

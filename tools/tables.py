@@ -6,7 +6,7 @@
 The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
 to its output folder, those of `mmdet` and `frameworks` from results.json in examples/mmdet and examples/frameworks and
 from `make demo-mmdet` and `make demo-frameworks`, those of `performance`, `speed` and `targets` from
-benchmarks/results, with its plots, those of `normalizers` from examples/digits/normalizers. Nobody types them.
+benchmarks/results, with its plots, those of `studies` from examples/digits/studies. Nobody types them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import report
 from bench_host import TARGET, TRIVIAL
 from grid import TITLES, Case
+from studies import studies
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("authors' form", "logits form", "torch.compile")
@@ -76,25 +77,6 @@ def reading(results: dict[str, Any]) -> list[str]:
 def digits() -> list[str]:
     results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
     return [*table(results), "", *reading(results)]
-
-
-def normalizers() -> list[str]:
-    """The denominators of `fsr_loss` against each other, each at several weights."""
-    runs = [json.loads(path.read_text()) for path in sorted((EXAMPLES / "digits" / "normalizers").glob("*.json"))]
-    weights = sorted({(run["settings"]["feat_weight"], run["settings"]["cls_weight"]) for run in runs})
-    found = {(run["settings"]["normalizer"], run["settings"]["feat_weight"]): run["arms"]["both"] for run in runs}
-    columns = ("", *(f"feat_weight {feat:g}, cls_weight {cls:g}" for feat, cls in weights))
-    body = []
-    for name in dict.fromkeys(normalizer for normalizer, _ in found):
-        arms = [found[name, feat] for feat, _ in weights]
-        body.append((f'"{name}"', *(number(arm["mean"]["AP"], arm["spread"]["AP"]) for arm in arms)))
-    settings, alone, machine = runs[0]["settings"], runs[0]["arms"]["alone"], runs[0]["machine"]
-    shown = (
-        f"COCO AP on the digits after {settings['student_iterations']} iterations, mean ± standard deviation over "
-        f"{len(settings['seeds'])} seeds; the student alone {number(alone['mean']['AP'], alone['spread']['AP'])}. "
-        f"{machine['cpu']}, {machine['cores']} cores."
-    )
-    return [*markdown(columns, body), "", shown]
 
 
 def mmdet() -> list[str]:
@@ -291,7 +273,7 @@ BLOCKS = {
     "performance": (performance, (ROOT / "docs" / "performance.md",)),
     "targets": (targets, (ROOT / "docs" / "performance.md",)),
     "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
-    "normalizers": (normalizers, (ROOT / "docs" / "math.md",)),
+    "studies": (studies, (ROOT / "docs" / "math.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
     "frameworks": (frameworks, (EXAMPLES / "frameworks" / "README.md",)),
 }

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Name
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--scales", type=float, nargs="*", default=[1.0, 3.0], help="multiples of both weights")
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.3], help="shares of the gradient")
+    parser.add_argument("--shares", type=float, nargs="*", default=[1.0], help="shares of the gradient")
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--normalizers", nargs="+", choices=NORMALIZERS, default=list(NORMALIZERS))
     own, rest = parser.parse_known_args(argv)

@@ -16,14 +16,12 @@ from frs_kernels.distill import masks
 from frs_kernels.distill.pairing import (
     UNTUNED,
     Distilling,
-    check_finite,
     choose_levels,
     make_adapter,
     make_shares,
     ramp,
 )
 from frs_kernels.distill.tap import COMPILED, Source, Tap
-from frs_kernels.distill.teacher import fast_teacher as make_fast
 from frs_kernels.modules import FSRLoss
 from frs_kernels.presets import PRESETS
 
@@ -96,7 +94,7 @@ class Distiller(Distilling, nn.Module):
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         fast_teacher: keep a copy of the teacher with its batch norms folded, on the same memory where nothing changes;
             a dict has options of `frs_kernels.distill.fast_teacher`, dict(dtype="auto") for 16 bits where that is
-            faster. False keeps the teacher itself.
+            faster. Load the teacher's weights before; for one that changes later, False keeps the teacher itself.
         warmup: calls in training mode over which both losses rise linearly from 0.
         schedule: "constant", or "cosine": then both fall to 0 over `steps` calls.
         example: the arguments of one call, for the first pass that measures levels and channels, in eval mode and
@@ -257,10 +255,7 @@ class Distiller(Distilling, nn.Module):
             with self._tap(model, 1, stop_at=self._counts[1]):
                 self.recipes[1].run(model, images)
 
-        self.teacher = make_fast(self.teacher, run, tapped=self._tap(self.teacher, 1).names, **options)
-        self.channels_last = bool(options.get("channels_last"))
-        t, recipe = self.observe(images), self.recipes[1]
-        check_finite(t.feats if recipe.feats is not None else [], t.logits if recipe.logits is not None else [])
+        self.quicken(run, self._tap(self.teacher, 1).names, options)
 
     def _pick(self, levels: list[Tensor]) -> list[Tensor]:
         return [levels[i] for i in self.levels]
@@ -294,7 +289,7 @@ class Distiller(Distilling, nn.Module):
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
         version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
-        with self._tap(self.student, 0, through=self.through()) as tap:
+        with self._tap(self.student, 0, through=self.through(self.criterion.process_group)) as tap:
             returned = self.student(*args, **kwargs)
         if tap.counts != self._counts[0]:
             raise RuntimeError(
@@ -347,9 +342,11 @@ class Distiller(Distilling, nn.Module):
         return tap
 
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
+        self.settle()
         t = self.observe(images)
         of_teacher = self._pick(t.feats) if self.has_feats else None
         z = self._pick(t.logits) if self.recipes[1].logits is not None else None
+        self.check_first(of_teacher or [], z or [])
         feats = self._pick(s.feats) if self.has_feats else None
         logits = self._pick(s.logits) if self.has_logits else None
         for name, levels in (("features", feats), ("class logits", logits)):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from frs_kernels.distill.share import GradientShare
+from frs_kernels.distill.teacher import fast_dtype, fast_teacher
 from frs_kernels.functional import FSRTerms, fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 
@@ -66,7 +67,7 @@ def make_adapter(student: Levels, teacher: Levels, kernel_size: int | None) -> F
 
 
 def check_finite(feats: Levels, logits: Levels) -> None:
-    """Raise ValueError where the teacher's first pass shows that its dtype is too narrow."""
+    """Raise ValueError where the teacher's first images show that its dtype is too narrow."""
     for name, levels in (("feats", feats), ("logits", logits)):
         for level, x in enumerate(levels):
             if not x.isfinite().all():
@@ -115,15 +116,19 @@ class Distilling:
     """Of the last step."""
     channels_last = False
     """Of the teacher's images."""
+    auto_dtype = False
+    """Until the first step, which is on the device that counts: mmengine moves a model there after it was built."""
+    unseen = False
+    """Whether a teacher of a narrower dtype has not yet been looked at on real images."""
     last_ramp = 1.0
     _unused = 0
     _said = False
 
-    def through(self) -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
+    def through(self, process_group: Any = None) -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
         """For a `Tap` on the student, in a step; takes what the last step's backward pass has shown."""
         found: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
         for name, share in self.named_shares():
-            share.update(self.last_ramp)
+            share.update(self.last_ramp, process_group)
             found["feats" if name == "feat" else "logits"] = share.watch
         return found
 
@@ -196,6 +201,26 @@ class Distilling:
                 stacklevel=4,
             )
         return losses
+
+    def quicken(self, run: Callable[[Any], Any], tapped: Sequence[str], options: dict[str, Any]) -> None:
+        """Put a fast copy in the teacher's place (`fast_teacher`)."""
+        self.auto_dtype = options.get("dtype") == "auto"
+        self.unseen = options.get("dtype") is not None
+        self.channels_last = bool(options.get("channels_last"))
+        dtype = None if self.auto_dtype else options.get("dtype")
+        self.teacher = fast_teacher(self.teacher, run, tapped=tapped, **{**options, "dtype": dtype})
+
+    def settle(self) -> None:
+        """Before a teacher's pass in training."""
+        if self.auto_dtype:
+            self.auto_dtype = False
+            self.teacher.to(dtype=fast_dtype(next(self.teacher.parameters()).device))
+
+    def check_first(self, feats: Levels, logits: Levels) -> None:
+        """After it: once, a dtype that is too narrow is an error."""
+        if self.unseen:
+            self.unseen = False
+            check_finite(feats, logits)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """In the teacher's dtype and layout."""

@@ -27,7 +27,7 @@ class GradientShare(nn.Module):
 
     The mean is of logarithms, over the first updates plain, then exponential. There is no second backward pass and no
     wait for the device; a loss scale cancels; a pass without either gradient, or one that overflowed, changes nothing.
-    `weight` is a buffer: it is saved, and DistributedDataParallel gives every rank that of the first.
+    `weight` is a buffer and saved. Each process has its own, unless `update` is given a group, whose ranks all call it.
 
     Args:
         target: the share that is wanted, above 0; None measures alone.
@@ -73,29 +73,39 @@ class GradientShare(nn.Module):
         return watched
 
     @torch.no_grad()
-    def update(self, ramp: float = 1.0) -> None:
+    def update(self, ramp: float = 1.0, process_group: Any = None) -> None:
         """Take what the backward passes since the last update have shown.
 
         Args:
             ramp: what multiplied `weight` in them.
+            process_group: the norms are those of the gradients of all its ranks together.
         """
         seen = [s for s in self._seen if s.own is not None and s.term is not None]
         self._seen = []
-        if not seen:
+        if seen:
+            self.own, self.term = (torch.stack([getattr(s, name) for s in seen]) for name in ("own", "term"))
+        elif process_group is None:
             return
-        own, term = (torch.stack([getattr(s, name) for s in seen]) for name in ("own", "term"))
-        self.own, self.term = own, term
         if self.target is None:
             return
-        change = (self.target * ramp * own.norm() / term.norm()).log()
+        norms = [self.own, self.term] if seen else [None, None]
+        squares = torch.stack([self.weight.new_zeros(()) if n is None else n.square().sum() for n in norms])
+        if process_group is not None:
+            torch.distributed.all_reduce(squares, group=process_group)
+        own, term = squares.sqrt()
+        change = (self.target * ramp * own / term).log()
         keep = (self.updates / (self.updates + 1)).clamp(max=self.momentum)
         usable = change.isfinite()
         self.weight.mul_(torch.where(usable, (1 - keep) * change, 0).exp())
         self.updates.add_(usable)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Follows to a device, and keeps dtype and value: also in a model of 16 bits, and through to_empty()."""
+        kept = {"weight": self.weight, "updates": self.updates}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        self.weight = self.weight.float()  # in a model of 16 bits, too
+        for name, value in kept.items():
+            if not value.is_meta:
+                setattr(self, name, value.to(getattr(self, name).device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,8 +137,8 @@ class _Seen:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-    return norm
+    norm: Tensor = torch.linalg.vector_norm(gradient.float() if gradient.dtype.itemsize == 2 else gradient)
+    return norm.float()
 
 
 class _Branch(torch.autograd.Function):

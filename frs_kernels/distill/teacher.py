@@ -95,9 +95,12 @@ class _Consumers(TorchFunctionMode):
         self.norm: nn.Module | None = None
         self.used: set[nn.Module] = set()
 
+    def see(self, nested: Any) -> None:
+        self.used |= {self.producer[id(t)] for t in _tensors(nested) if id(t) in self.producer}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if self.norm is None:
-            self.used |= {self.producer[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.producer}
+            self.see((args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -113,9 +116,10 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
     """Make batch norms in eval mode part of the convolution before them, in place; how many.
 
     Those are folded whose input is the output of one nn.Conv2d, both called once, that nothing else uses and nobody
-    taps. What has running_mean, running_var, weight, bias and eps is a batch norm (torchvision's frozen ones).
+    taps, and that have no hooks. Batch norms are torch's own and those called FrozenBatchNorm2d (torchvision's,
+    detectron2's, transformers'); a subclass may do more than a batch norm.
     """
-    names = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[nn.Module, int] = {}
     before: dict[nn.Module, nn.Module] = {}
     consumers = _Consumers()
@@ -134,15 +138,21 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
     def norm_ran(*_: Any) -> None:
         consumers.norm = None
 
+    def is_seen(_: Any, args: Any, output: Any = None) -> None:
+        consumers.see((args, output))
+
     handles: list[Any] = []
-    for module in names:
+    for module in dict.fromkeys(modules.values()):
+        if module._forward_hooks or module._forward_pre_hooks:
+            continue
         if type(module) is nn.Conv2d:
             handles.append(module.register_forward_hook(conv_ran))
         elif _is_norm(module):
             handles += [module.register_forward_pre_hook(norm_runs), module.register_forward_hook(norm_ran)]
+    handles += [modules[name].register_forward_hook(is_seen) for name in tapped]
     try:
         with consumers:
-            run(model)
+            consumers.see(run(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -151,16 +161,15 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
     folded = 0
     for norm, conv in before.items():
         alone = calls[norm] == calls[conv] == claimed.count(conv) == 1
-        if alone and conv not in consumers.used and names[conv] not in tapped and names[norm] not in tapped:
+        if alone and conv not in consumers.used:
             _fold(conv, norm)
-            _replace(model, names[norm], nn.Identity())
             folded += 1
     return folded
 
 
 def _is_norm(module: nn.Module) -> bool:
-    tensors = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-    return all(isinstance(t, Tensor) for t in tensors) and hasattr(module, "eps") and not module.training
+    known = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__.endswith("FrozenBatchNorm2d")
+    return known and isinstance(getattr(module, "running_mean", None), Tensor) and not module.training
 
 
 def _fold(conv: Any, norm: Any) -> None:
@@ -168,6 +177,10 @@ def _fold(conv: Any, norm: Any) -> None:
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     conv.weight, conv.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (weight, bias))
+    # The object itself becomes an identity: it may be held under several names, or in a list that is no module.
+    norm._parameters.clear()
+    norm._buffers.clear()
+    norm.__class__ = nn.Identity
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -199,3 +212,9 @@ def _free(model: nn.Module, run: Run) -> None:
             gone.append(name)
     for name in gone:
         _replace(model, name, _Freed())
+    try:
+        run(model)
+    except Exception as error:
+        raise ValueError(
+            f"a part whose weights are read without calling it was taken out ({error}); leave out free=True"
+        ) from error

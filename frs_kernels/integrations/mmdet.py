@@ -36,14 +36,12 @@ from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
     UNTUNED,
     Distilling,
-    check_finite,
     choose_levels,
     make_adapter,
     make_shares,
     ramp,
     strides,
 )
-from frs_kernels.distill.teacher import fast_teacher as make_fast
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
 from frs_kernels.integrations.mmdet_pair import (
     PROBE_SIDE,
@@ -92,7 +90,8 @@ class FRSDistiller(Distilling, BaseDetector):
             are logged.
         warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
             resumed run goes on where it was. Where there has been no runner there is no warm-up.
-        average_mass: average M_l over the processes of `torch.distributed`; each keeps its own by default.
+        average_mass: average M_l, and what gradient_share looks at, over the processes of `torch.distributed`; each
+            keeps its own by default.
         fast_teacher: fold the teacher's batch norms; a dict has options of `frs_kernels.distill.fast_teacher`,
             dict(dtype="auto", free=True) for 16 bits where that is faster and without the box tower. False: as it is.
         data_preprocessor: the student's by default.
@@ -165,11 +164,12 @@ class FRSDistiller(Distilling, BaseDetector):
         if not centerness and has_class_branch(frozen, t, empty_image()):
             self._run = run_class_branch
         if fast_teacher is not False:
-            self._quicken({} if fast_teacher is True else dict(fast_teacher))
+            options = {} if fast_teacher is True else dict(fast_teacher)
+            self.quicken(lambda model: self._run(model, empty_image()), [], options)
         s, t = self._pick(s), self._pick(t)
         checks.check_level_weights(criterion.options.level_weights, len(self.levels))
         self.strides = strides(t.logits, PROBE_SIDE)
-        check_pair(self.student, self.teacher, s, t, self.levels, self.has_logits, centerness)
+        check_pair(self.student, frozen, s, t, self.levels, self.has_logits, centerness)
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
         if isinstance(gradient_share, list):  # a config file's tuple
             gradient_share = tuple(gradient_share)
@@ -179,7 +179,7 @@ class FRSDistiller(Distilling, BaseDetector):
         """The student's own losses with loss_frs_feat, loss_frs_cls and frs_mass_<level>."""
         # The teacher first: what it needs on the way is freed before the student's graph is there.
         t = self.observe_teacher(batch_inputs)
-        with Tap(self.student, **sources(self.student), through=self.through()) as tap:
+        with Tap(self.student, **sources(self.student), through=self.through(self._group())) as tap:
             losses: dict[str, Any] = self.student.loss(batch_inputs, batch_data_samples)
         if tap.counts != [1, 1]:
             head = type(dense_head(self.student)).__name__
@@ -192,11 +192,15 @@ class FRSDistiller(Distilling, BaseDetector):
 
     def distil(self, s: Emitted, t: Emitted, samples: list[Any]) -> dict[str, Tensor]:
         """The losses of what student and teacher emitted at the levels that are distilled."""
-        distributed = self.average_mass and torch.distributed.is_initialized()
-        group = torch.distributed.group.WORLD if distributed else None
         mask = self._mask(t, samples)
-        losses = self.imitate(s.feats, t.feats, s.logits, t.logits, mask=mask, ramp=self.ramp(), process_group=group)
+        losses = self.imitate(
+            s.feats, t.feats, s.logits, t.logits, mask=mask, ramp=self.ramp(), process_group=self._group()
+        )
         return losses | self.logged()
+
+    def _group(self) -> Any:
+        distributed = self.average_mass and torch.distributed.is_initialized()
+        return torch.distributed.group.WORLD if distributed else None
 
     def ramp(self) -> float:
         """The warm-up's factor at the runner's iteration; 1 where there is no runner."""
@@ -206,13 +210,10 @@ class FRSDistiller(Distilling, BaseDetector):
     @torch.no_grad()
     def observe_teacher(self, batch_inputs: Tensor) -> Emitted:
         """What the teacher emits for preprocessed images (N, 3, H, W), at the levels that are distilled."""
-        return self._pick(self._run(self.teacher, self._prepared(batch_inputs)))
-
-    def _quicken(self, options: dict[str, Any]) -> None:
-        self.teacher = make_fast(self.teacher, lambda model: self._run(model, empty_image()), **options)
-        self.channels_last = bool(options.get("channels_last"))
-        t = self.observe_teacher(empty_image())
-        check_finite(t.feats, t.logits)
+        self.settle()
+        t = self._pick(self._run(self.teacher, self._prepared(batch_inputs)))
+        self.check_first(t.feats, t.logits)
+        return t
 
     def richness(self, batch_inputs: Tensor) -> Richness:
         """The teacher's richness scores (N, H, W) a level, and masses, for preprocessed images (N, 3, H, W)."""

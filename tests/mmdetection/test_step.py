@@ -206,17 +206,19 @@ def test_the_teacher_runs_its_class_branch_alone(rng, teacher_file, name):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def test_a_teacher_of_16_bits_without_its_boxes(rng, teacher_file):
+@pytest.mark.parametrize("name", ["gfl", "faster_rcnn"])
+def test_a_teacher_of_16_bits_without_its_boxes(rng, teacher_file, name):
     inputs, samples = batch(rng)
-    file = teacher_file("gfl")
-    right = distiller("gfl", file).loss(inputs, samples)
+    file = teacher_file(name)
+    right = distiller(name, file).loss(inputs, samples)
     fast = {"dtype": torch.bfloat16, "channels_last": True, "free": True}
-    model = distiller("gfl", file, fast_teacher=fast)
+    model = distiller(name, file, fast_teacher=fast)
     losses = model.loss(inputs, samples)
     assert model.observe_teacher(inputs).logits[0].dtype == torch.bfloat16
-    assert not any(p.numel() for p in model.teacher.bbox_head.reg_convs.parameters())
-    for name in FRS:
-        assert abs(losses[name] - right[name]) <= 0.05 * right[name]
+    boxes = model.teacher.bbox_head.reg_convs if name == "gfl" else model.teacher.roi_head
+    assert not any(p.numel() for p in boxes.parameters())
+    for key in FRS:
+        assert abs(losses[key] - right[key]) <= 0.05 * right[key]
 
 
 def test_a_gradient_share_is_held(rng, teacher_file):
