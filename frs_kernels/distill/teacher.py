@@ -117,7 +117,7 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
 
     Those are folded whose input is the output of one nn.Conv2d, both called once, that nothing else uses and nobody
     taps, and that have no hooks. Batch norms are torch's own and those called FrozenBatchNorm2d (torchvision's,
-    detectron2's, transformers'); a subclass may do more than a batch norm.
+    detectron2's) with an eps to be read, which transformers' have not; a subclass may do more than a batch norm.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[nn.Module, int] = {}
@@ -169,7 +169,8 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
 
 def _is_norm(module: nn.Module) -> bool:
     known = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__.endswith("FrozenBatchNorm2d")
-    return known and isinstance(getattr(module, "running_mean", None), Tensor) and not module.training
+    written = isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "eps")
+    return known and written and not module.training
 
 
 def _fold(conv: Any, norm: Any) -> None:
