@@ -19,7 +19,7 @@ def _missing(name: str) -> bool:
     return False
 
 
-collect_ignore = [f"test_{name}.py" for name in ("torchvision", "transformers", "ultralytics") if _missing(name)]
+collect_ignore_glob = [f"test_{name}*.py" for name in ("torchvision", "transformers", "ultralytics") if _missing(name)]
 
 
 @pytest.fixture(autouse=True)
