@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
 
-from examples.digits import coco, detector, digits, train
+from examples.digits import coco, detector, digits, study, train
 from examples.digits.__main__ import main
+from examples.digits.voc import convert
 
 ARMS = {"teacher", "alone", "both", "features", "head", "ones", "alone-long", "both-long"}
 
@@ -266,3 +267,42 @@ def test_bad_folder_is_one_clear_line(
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_study_keeps_every_way_and_what_it_pulled_with(quick):
+    """On the pictures and the teacher that the quick run has made."""
+    few = ["--masks", "boxes", "--normalizers", "total_mass", "--scales", "1", "--shares", "1"]
+    assert study.main(["--quick", "--device", "cpu", "--out", str(quick), *few]) == 0
+    arms = json.loads((quick / "study.json").read_text())["arms"]
+    assert [arm["how"] and (arm["how"]["mask"], arm["how"]["share"]) for arm in arms] == [
+        None, ("boxes", None), ("boxes", 1.0),
+    ]  # fmt: skip
+    assert arms[0]["pull"] == {}
+    for arm in arms[1:]:
+        assert set(arm["pull"]) == {"feat", "feat rest", "cls", "cls rest"}
+        assert all(len(norms) == 3 and min(norms) > 0 for norms in arm["pull"].values())
+
+
+def test_a_voc_folder_becomes_a_coco_folder(tmp_path):
+    """Boxes follow their pictures, mirrored or not."""
+    voc = tmp_path / "voc"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>12</xmax><ymax>8</ymax></bndbox>"
+    for name, split in (("a", "trainval"), ("b", "test")):
+        picture = Image.new("L", (40, 20))
+        picture.paste(255, (2, 3, 12, 8))
+        picture.convert("RGB").save(voc / "JPEGImages" / f"{name}.png")
+        text = f"<annotation><object><name>cell</name>{box}</object></annotation>"
+        (voc / "Annotations" / f"{name}.xml").write_text(text)
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+    assert convert(voc, tmp_path / "coco", flips=True) == {"train": 4, "val": 1}
+    for split, count in (("train", 4), ("val", 1)):
+        made = json.loads((tmp_path / "coco" / "annotations" / f"{split}.json").read_text())
+        assert len(made["images"]) == len(made["annotations"]) == count
+        for image, found in zip(made["images"], made["annotations"], strict=True):
+            x, y, width, height = map(int, found["bbox"])
+            pixels = np.asarray(Image.open(tmp_path / "coco" / split / image["file_name"]).convert("L"))
+            assert pixels.sum() == 255 * width * height
+            assert (pixels[y : y + height, x : x + width] == 255).all()
+    assert coco.read_split(tmp_path / "coco", "train", 32).names == ["cell"]
