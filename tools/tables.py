@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import report
 from bench_host import TARGET, TRIVIAL
 from grid import TITLES, Case
-from studies import studies
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("authors' form", "logits form", "torch.compile")
 EXAMPLES = ROOT / "examples"
+STUDIES = EXAMPLES / "digits" / "studies"
+NAMES = {"digits": "the digits", "bccd": "BCCD, 364 photographs of blood cells"}
 METRICS = ("AP", "AP50", "AP75", "small", "medium", "large")
 
 
@@ -77,6 +78,58 @@ def reading(results: dict[str, Any]) -> list[str]:
 def digits() -> list[str]:
     results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
     return [*table(results), "", *reading(results)]
+
+
+def column(how: dict[str, Any]) -> str:
+    """What an arm's weights are."""
+    if how["share"] is not None:
+        return f"gradient share {how['share']:g}"
+    return f"weights {how['feat_weight']:g}, {how['cls_weight']:g}"
+
+
+def ap(arm: dict[str, Any]) -> str:
+    return number(arm["mean"]["AP"], arm["spread"]["AP"])
+
+
+def studies() -> list[str]:
+    return [line for name in NAMES for line in study(name, json.loads((STUDIES / f"{name}.json").read_text()))]
+
+
+def study(name: str, results: dict[str, Any]) -> Iterator[str]:
+    arms = {(a["how"]["normalizer"], a["how"]["mask"], column(a["how"])): a for a in results["arms"] if a["how"]}
+    columns = list(dict.fromkeys(key[2] for key in arms))
+    rows = list(dict.fromkeys(key[:2] for key in arms))
+    settings, data, machine = results["settings"], results["data"], results["machine"]
+    alone = next(a for a in results["arms"] if a["how"] is None)
+    yield f"On {NAMES[name]}: the student alone {ap(alone)}, its teacher {results['teacher']['AP']:.1f}."
+    yield ""
+    cells = [
+        [
+            f'"{normalizer}"',
+            mask,
+            *(ap(arms[normalizer, mask, c]) if (normalizer, mask, c) in arms else "" for c in columns),
+        ]
+        for normalizer, mask in rows
+    ]
+    yield from markdown(["`normalizer`", "mask", *columns], cells)
+    yield ""
+    yield (
+        f"COCO AP on {data['pictures']['val']} pictures after {settings['student_iterations']} iterations, mean ± "
+        f"standard deviation over {len(settings['seeds'])} seeds. {machine['cpu']}, {machine['cores']} cores."
+    )
+    yield ""
+    first = columns[0]
+    levels = range(len(arms[(*rows[0], first)]["pull"]["feat"]))
+    yield f"What the terms' gradients are of the rest's, a level, at {first}, the richness as mask:"
+    yield ""
+    shares = [
+        [f'"{key[0]}"', term, *(f"{shown['pull'][pull][i] / shown['pull'][f'{pull} rest'][i]:.2f}" for i in levels)]
+        for key, shown in arms.items()
+        if key[1:] == ("richness", first)
+        for pull, term in (("feat", "features, at the neck's output"), ("cls", "logits"))
+    ]
+    yield from markdown(["`normalizer`", "term", *(f"stride {8 << i}" for i in levels)], shares)
+    yield ""
 
 
 def mmdet() -> list[str]:

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
-from frs_kernels.distill.pairing import (
-    UNTUNED,
-    Distilling,
-    choose_levels,
-    make_adapter,
-    make_shares,
-    ramp,
-)
+from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, options_of, ramp
 from frs_kernels.distill.tap import COMPILED, Source, Tap
 from frs_kernels.modules import FSRLoss
-from frs_kernels.presets import PRESETS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,12 +147,9 @@ class Distiller(Distilling, nn.Module):
             checks.check_number("steps", steps, positive=True)
         if not callable(mask):
             checks.check_option("mask", mask, MASKS)
-        if preset is not None:
-            checks.check_option("preset", preset, tuple(PRESETS))
         if "return_terms" in options:
             raise TypeError("return_terms is the distiller's own; the last call's terms are in distiller.terms")
-        merged: dict[str, Any] = {**(PRESETS[preset] if preset else UNTUNED), **options}
-        self.criterion = FSRLoss(**merged)
+        self.criterion = FSRLoss(**options_of(preset, options))
         if recipe is None:
             if unknown := set(of_teacher or {}) - {"feats", "logits"}:
                 raise ValueError(f"of_teacher has {sorted(unknown)}; it takes 'feats' and 'logits'")
@@ -187,10 +176,8 @@ class Distiller(Distilling, nn.Module):
         self.steps = steps
         self.iteration = 0
         self._losses: dict[str, Tensor] | None = None
-        self._warned: set[str] = set()
-        seen = self._measure(example, levels, adapter_kernel)
-        if fast_teacher is not False:
-            self._quicken(self._prepared(seen), {} if fast_teacher is True else fast_teacher)
+        seen = self._prepared(self._measure(example, levels, adapter_kernel))
+        self.quicken(lambda model: self._run_teacher(model, seen), self._tap(self.teacher, 1).names, fast_teacher)
         self.shares = make_shares(gradient_share, self.criterion, self.has_feats, self.has_logits)
         self.shares.to(next(student.parameters()).device)
 
@@ -250,12 +237,11 @@ class Distiller(Distilling, nn.Module):
         checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
         return images
 
-    def _quicken(self, images: Tensor, options: dict[str, Any]) -> None:
-        def run(model: nn.Module) -> None:
-            with self._tap(model, 1, stop_at=self._counts[1]):
-                self.recipes[1].run(model, images)
-
-        self.quicken(run, self._tap(self.teacher, 1).names, options)
+    def _run_teacher(self, model: nn.Module, images: Tensor) -> Tap:
+        """As far as needed."""
+        with self._tap(model, 1, stop_at=self._counts[1]) as tap:
+            self.recipes[1].run(model, images)
+        return tap
 
     def _pick(self, levels: list[Tensor]) -> list[Tensor]:
         return [levels[i] for i in self.levels]
@@ -310,11 +296,6 @@ class Distiller(Distilling, nn.Module):
             self._losses = losses
         return returned
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
-
     def loss(self) -> Tensor:
         """loss_frs_feat + loss_frs_cls of the last call, where the student returned no dict of losses; once a call.
 
@@ -337,9 +318,7 @@ class Distiller(Distilling, nn.Module):
     def observe(self, images: Tensor) -> Tap:
         """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
         self.teacher.eval()
-        with self._tap(self.teacher, 1, stop_at=self._counts[1]) as tap:
-            self.recipes[1].run(self.teacher, self._prepared(images))
-        return tap
+        return self._run_teacher(self.teacher, self._prepared(images))
 
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
         self.settle()

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frs_kernels import checks
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.teacher import fast_dtype, fast_teacher
 from frs_kernels.functional import FSRTerms, fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.presets import PRESETS
 
 Levels = Sequence[Tensor]
 UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
 """What takes the place of a preset."""
 UNUSED = 32  # calls, more than anybody adds up before a backward pass
+
+
+def options_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `FSRLoss`: the preset's, and over them those given.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset is not None:
+        checks.check_option("preset", preset, tuple(PRESETS))
+    return {**(PRESETS[preset] if preset else UNTUNED), **given}
 
 
 def ramp(iteration: int, warmup: int, steps: int | None = None) -> float:
@@ -76,13 +89,11 @@ def check_finite(feats: Levels, logits: Levels) -> None:
                 )
 
 
-def make_shares(
-    target: float | tuple[float, float] | None, criterion: FSRLoss, feats: bool, logits: bool
-) -> nn.ModuleDict:
+def make_shares(target: float | Sequence[float] | None, criterion: FSRLoss, feats: bool, logits: bool) -> nn.ModuleDict:
     """A `GradientShare` for each term that is distilled, "feat" and "cls", beginning at the criterion's weights."""
     if target is None:
         return nn.ModuleDict()
-    targets = target if isinstance(target, tuple) else (target, target)
+    targets = tuple(target) if isinstance(target, Sequence) else (target, target)
     if len(targets) != 2:
         raise ValueError(f"gradient_share={target}: give one number, or the features' and the logits'")
     weights = criterion.feat_weight, criterion.cls_weight
@@ -122,7 +133,7 @@ class Distilling:
     """Whether a teacher of a narrower dtype has not yet been looked at on real images."""
     last_ramp = 1.0
     _unused = 0
-    _said = False
+    _warned: frozenset[str] = frozenset()
 
     def through(self, process_group: Any = None) -> dict[str, Callable[[list[Tensor]], list[Tensor]]]:
         """For a `Tap` on the student, in a step; takes what the last step's backward pass has shown."""
@@ -160,7 +171,7 @@ class Distilling:
         process_group: Any = None,
     ) -> dict[str, Tensor]:
         """ramp * feat_weight * feat as "loss_frs_feat" and ramp * cls_weight * cls as "loss_frs_cls" (`fsr_loss`)."""
-        if self.has_feats and self.adapter is not None and student_feats is not None:
+        if self.adapter is not None and student_feats is not None:
             student_feats = self.adapter(student_feats)
         weights: dict[str, Any] = {
             "feat": ramp * self.criterion.feat_weight,
@@ -193,17 +204,24 @@ class Distilling:
             if loss.requires_grad:
                 self._unused += 1
                 loss.register_hook(self._use)
-        if self._unused > UNUSED * len(losses) and not self._said:
-            self._said = True
-            warnings.warn(
+        if self._unused > UNUSED * len(losses):
+            self._warn(
                 f"none of the last {UNUSED} calls' loss_frs_feat and loss_frs_cls was gone backward through: the "
-                "student trains without them; add them to the loss, sum(losses.values()), or take distiller.loss()",
-                stacklevel=4,
+                "student trains without them; add them to the loss, sum(losses.values()), or take distiller.loss()"
             )
         return losses
 
-    def quicken(self, run: Callable[[Any], Any], tapped: Sequence[str], options: dict[str, Any]) -> None:
-        """Put a fast copy in the teacher's place (`fast_teacher`)."""
+    def _warn(self, message: str) -> None:
+        """Once."""
+        if message not in self._warned:
+            self._warned |= {message}
+            warnings.warn(message, stacklevel=3)
+
+    def quicken(self, run: Callable[[Any], Any], tapped: Sequence[str], fast: bool | dict[str, Any]) -> None:
+        """Put a fast copy in the teacher's place (`fast_teacher`), with the options of a dict; False: none."""
+        if fast is False:
+            return
+        options = {} if fast is True else fast
         self.auto_dtype = options.get("dtype") == "auto"
         self.unseen = options.get("dtype") is not None
         self.channels_last = bool(options.get("channels_last"))

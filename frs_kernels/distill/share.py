@@ -82,14 +82,15 @@ class GradientShare(nn.Module):
         """
         seen = [s for s in self._seen if s.own is not None and s.term is not None]
         self._seen = []
+        squares = self.weight.new_zeros(2)
         if seen:
-            self.own, self.term = (torch.stack([getattr(s, name) for s in seen]) for name in ("own", "term"))
+            norms = torch.stack([torch.stack([getattr(s, name) for s in seen]) for name in ("own", "term")])
+            self.own, self.term = norms
+            squares = norms.square().sum(1)
         elif process_group is None:
             return
         if self.target is None:
             return
-        norms = [self.own, self.term] if seen else [None, None]
-        squares = torch.stack([self.weight.new_zeros(()) if n is None else n.square().sum() for n in norms])
         if process_group is not None:
             torch.distributed.all_reduce(squares, group=process_group)
         own, term = squares.sqrt()
@@ -124,21 +125,19 @@ class _Seen:
         self.own: Tensor | None = None
         self.term: Tensor | None = None
 
-    def branch(self, gradient: Tensor) -> None:
-        self.gradient = gradient
-
     def total(self, gradient: Tensor) -> None:
+        """With that of the term, which has come before; gradients of further backward passes add up."""
         of_term, self.gradient = self.gradient, None
         with torch.no_grad():
-            rest = gradient if of_term is None else gradient - of_term
-            self.own = _norm(rest) if self.own is None else torch.hypot(self.own, _norm(rest))
+            self.own = _joined(self.own, gradient if of_term is None else gradient - of_term)
             if of_term is not None:
-                self.term = _norm(of_term) if self.term is None else torch.hypot(self.term, _norm(of_term))
+                self.term = _joined(self.term, of_term)
 
 
-def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient.float() if gradient.dtype.itemsize == 2 else gradient)
-    return norm.float()
+def _joined(norm: Tensor | None, gradient: Tensor) -> Tensor:
+    """The norm of what was seen and this gradient together, fp32."""
+    more: Tensor = torch.linalg.vector_norm(gradient.float() if gradient.dtype.itemsize == 2 else gradient).float()
+    return more if norm is None else torch.hypot(norm, more)
 
 
 class _Branch(torch.autograd.Function):
@@ -151,5 +150,5 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.seen.branch(gradient)
+        ctx.seen.gradient = gradient
         return gradient, None

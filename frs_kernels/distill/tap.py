@@ -220,7 +220,7 @@ class _Recorder:
         self._see(_copied(output))
 
     def versions_now(self) -> list[int]:
-        return [t._version for call in self.calls for t in _tensors_in(call)]
+        return _versions(self.calls)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "calls": [], "versions": []}
@@ -229,7 +229,7 @@ class _Recorder:
         if self.source.pick is not None:
             emitted = _copied(self.source.pick(emitted))
         self.calls.append(emitted)
-        self.versions += [t._version for t in _tensors_in(emitted)]
+        self.versions += _versions(emitted)
         if self.stop is not None and all(len(r.calls) >= n for r, n in zip(*self.stop, strict=True)):
             raise _Enough(self)
 
@@ -239,13 +239,18 @@ def _copied(emitted: Any) -> Any:
     return copy.copy(emitted) if type(emitted) in (list, dict) else emitted
 
 
-def _tensors_in(emitted: Any) -> list[Tensor]:
-    """Those at hand; without a version counter, as in inference mode, none."""
-    if isinstance(emitted, Tensor):
-        return [] if emitted.is_inference() else [emitted]
-    if isinstance(emitted, Mapping):
-        emitted = list(emitted.values())
-    return [t for each in emitted for t in _tensors_in(each)] if isinstance(emitted, (list, tuple)) else []
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Those at hand, in lists, tuples and dicts of them."""
+    if isinstance(nested, Tensor):
+        return [nested]
+    if isinstance(nested, Mapping):
+        nested = list(nested.values())
+    return [t for each in nested for t in tensors_in(each)] if isinstance(nested, (list, tuple)) else []
+
+
+def _versions(emitted: Any) -> list[int]:
+    """Of tensors that have a version counter; those of inference mode have none."""
+    return [t._version for t in tensors_in(emitted) if not t.is_inference()]
 
 
 def _leaves(source: Source | None) -> list[Output | Input]:

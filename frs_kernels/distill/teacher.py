@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from frs_kernels import checks
+from frs_kernels.distill.tap import tensors_in
 
 Run = Callable[[nn.Module], Any]
 
@@ -96,20 +97,12 @@ class _Consumers(TorchFunctionMode):
         self.used: set[nn.Module] = set()
 
     def see(self, nested: Any) -> None:
-        self.used |= {self.producer[id(t)] for t in _tensors(nested) if id(t) in self.producer}
+        self.used |= {self.producer[id(t)] for t in tensors_in(nested) if id(t) in self.producer}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if self.norm is None:
             self.see((args, kwargs))
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(nested: Any) -> list[Tensor]:
-    if isinstance(nested, Tensor):
-        return [nested]
-    if isinstance(nested, Mapping):
-        nested = list(nested.values())
-    return [t for each in nested for t in _tensors(each)] if isinstance(nested, (list, tuple)) else []
 
 
 def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -> int:
@@ -119,7 +112,6 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
     taps, and that have no hooks. Batch norms are torch's own and those called FrozenBatchNorm2d (torchvision's,
     detectron2's) with an eps to be read, which transformers' have not; a subclass may do more than a batch norm.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     calls: dict[nn.Module, int] = {}
     before: dict[nn.Module, nn.Module] = {}
     consumers = _Consumers()
@@ -138,18 +130,18 @@ def fold_batch_norms(model: nn.Module, run: Run, tapped: Collection[str] = ()) -
     def norm_ran(*_: Any) -> None:
         consumers.norm = None
 
-    def is_seen(_: Any, args: Any, output: Any = None) -> None:
+    def is_seen(_: Any, args: Any, output: Any) -> None:
         consumers.see((args, output))
 
     handles: list[Any] = []
-    for module in dict.fromkeys(modules.values()):
+    for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             continue
         if type(module) is nn.Conv2d:
             handles.append(module.register_forward_hook(conv_ran))
         elif _is_norm(module):
             handles += [module.register_forward_pre_hook(norm_runs), module.register_forward_hook(norm_ran)]
-    handles += [modules[name].register_forward_hook(is_seen) for name in tapped]
+    handles += [model.get_submodule(name).register_forward_hook(is_seen) for name in tapped]
     try:
         with consumers:
             consumers.see(run(model))
@@ -184,11 +176,6 @@ def _fold(conv: Any, norm: Any) -> None:
     norm.__class__ = nn.Identity
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
 class _Freed(nn.Module):
     def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("this part of the teacher was taken out: fast_teacher(free=True) keeps what is tapped")
@@ -212,7 +199,8 @@ def _free(model: nn.Module, run: Run) -> None:
         if not called & set(module.modules()):
             gone.append(name)
     for name in gone:
-        _replace(model, name, _Freed())
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _Freed())
     try:
         run(model)
     except Exception as error:

@@ -31,14 +31,14 @@ from mmdet.structures.bbox import get_box_tensor
 from mmengine.logging import MessageHub
 from torch import Tensor
 
-from frs_kernels import PRESETS, FSRLoss, Richness, checks, richness_mask
+from frs_kernels import FSRLoss, Richness, checks, richness_mask
 from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
-    UNTUNED,
     Distilling,
     choose_levels,
     make_adapter,
     make_shares,
+    options_of,
     ramp,
     strides,
 )
@@ -163,16 +163,12 @@ class FRSDistiller(Distilling, BaseDetector):
         self._run = run
         if not centerness and has_class_branch(frozen, t, empty_image()):
             self._run = run_class_branch
-        if fast_teacher is not False:
-            options = {} if fast_teacher is True else dict(fast_teacher)
-            self.quicken(lambda model: self._run(model, empty_image()), [], options)
+        self.quicken(lambda model: self._run(model, empty_image()), [], fast_teacher)
         s, t = self._pick(s), self._pick(t)
         checks.check_level_weights(criterion.options.level_weights, len(self.levels))
         self.strides = strides(t.logits, PROBE_SIDE)
         check_pair(self.student, frozen, s, t, self.levels, self.has_logits, centerness)
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
-        if isinstance(gradient_share, list):  # a config file's tuple
-            gradient_share = tuple(gradient_share)
         self.shares = make_shares(gradient_share, criterion, self.has_feats, self.has_logits)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
@@ -266,11 +262,9 @@ class FRSDistiller(Distilling, BaseDetector):
 
 def _options(preset: str | None, loss: Any) -> dict[str, Any]:
     """The keywords of `fsr_loss`: the preset's, and over them the config's own."""
-    if preset is not None:
-        checks.check_option("preset", preset, tuple(PRESETS))
     if loss is not None and not isinstance(loss, dict):
         raise TypeError(f"loss must be a dict of keywords of FSRLoss, got {type(loss).__name__}")
-    options = {**(PRESETS[preset] if preset else UNTUNED), **(loss or {})}
+    options = options_of(preset, loss or {})
     if taken := {"return_terms", "process_group"} & set(options):
         raise ValueError(f"loss has {', '.join(sorted(taken))}: set by FRSDistiller itself (average_mass=True)")
     return options
