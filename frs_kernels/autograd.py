@@ -58,6 +58,8 @@ class Imitation(torch.autograd.Function):
         else:
             total, values, grads = verbs.imitate(student, call.teacher, scores, norm, *columns)
         ctx.table, ctx.backend, ctx.weight, ctx.modes = table, call.backend, call.weight, call.modes
+        every = all(mode == "forward" for mode in call.modes) and all(ctx.needs_input_grad[1:])
+        ctx.kept_alone = every and not call.want_values  # the usual step: a gradient is kept for every tensor
         if "backward" in call.modes:
             late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
             inputs = [[student[e] for e in late], [call.teacher[e] for e in late]]
@@ -75,20 +77,23 @@ class Imitation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor | None, *value_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled() or is_compiling():
-            return (None, *_gradients(ctx, loss_grad, value_grads))
-        with torch.no_grad():
-            results = _gradients(ctx, loss_grad, value_grads)
-        return (None, *(None if g is None else _once(g) for g in results))
+        if torch.is_grad_enabled() and not is_compiling():
+            with torch.no_grad():
+                results = _gradients(ctx, loss_grad, value_grads)
+            return (None, *(None if g is None else _once(g) for g in results))
+        if ctx.kept_alone and loss_grad is not None and not is_compiling() and not _retained():
+            # What _gradients would do, in 10 us less of the host's time for 5 levels.
+            grads = ctx.saved_tensors
+            VERBS[ctx.backend].scale_(grads, loss_grad)
+            return (None, *grads)
+        return (None, *_gradients(ctx, loss_grad, value_grads))
 
 
 def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient of every entry that needs one."""
     table: Table = ctx.table
     saved = _saved(ctx)
-    compiling = is_compiling()
-    # What AOTAutograd, too, asks before it reuses what a graph has saved.
-    retained = not compiling and torch._C._autograd._get_current_graph_task_keep_graph()
+    compiling, retained = is_compiling(), _retained()
     results: list[Tensor | None] = [None] * len(table.term)
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
     late: list[_Late] = []
@@ -121,6 +126,14 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
         VERBS[ctx.backend].scale_(grads, factor)
     wanted = ctx.needs_input_grad[1:]
     return results if all(wanted) else [g if want else None for g, want in zip(results, wanted, strict=True)]
+
+
+def _retained() -> bool:
+    """Whether the graph of the backward pass under way stays; a compiler's is another one.
+
+    AOTAutograd, too, asks this before it reuses what a graph has saved.
+    """
+    return not is_compiling() and bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor, weight: float) -> Tensor:

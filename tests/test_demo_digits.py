@@ -25,6 +25,7 @@ from examples.digits.__main__ import main
 from examples.digits.voc import convert
 
 ARMS = {"teacher", "alone", "both", "features", "head", "ones", "alone-long", "both-long"}
+ARMS |= {"whole-teacher", "16-bit-teacher", "small-adapter"}
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from .digits import DIGIT_SIDES, make_digits
 from .options import Arm, parse, student_arms, teacher_schedule
 from .progress import stage
 from .timing import time_losses
-from .train import Distillation, Run, Schedule, TeacherOutputs, fingerprint, train
+from .train import Distillation, Run, Schedule, TeacherOutputs, fingerprint, mask_difference, train
 
 
 def load(console: Console, options: argparse.Namespace) -> tuple[Split, Split]:
@@ -104,22 +104,28 @@ def work(console: Console, options: argparse.Namespace) -> None:
 
     plan = teacher_schedule(options)
     teacher, teacher_run = trainer("teacher", "teacher", TEACHER, plan, seed=0)
-    with stage(console, "teacher outputs", len(splits[0])) as advance:
-        outputs = TeacherOutputs(teacher, splits[0].pictures, options.cache_gb, advance)
+    outputs: dict[str, TeacherOutputs] = {}
+
+    def outputs_of(kind: str) -> TeacherOutputs:
+        if kind not in outputs:
+            with stage(console, f"teacher outputs, {kind}", len(splits[0])) as advance:
+                outputs[kind] = TeacherOutputs(teacher, splits[0].pictures, options.cache_gb, advance, kind)
+        return outputs[kind]
 
     students: dict[str, tuple[Arm, dict[int, Run]]] = {}
     shown: dict[str, Detector] = {}
     for arm in student_arms(options):
         runs: dict[int, Run] = {}
+        taught = outputs_of(arm.how.teacher) if arm.how else None
         for seed in options.seeds:
-            model, runs[seed] = trainer(arm.name, arm.label, STUDENT, arm.schedule, seed, arm.how, outputs)
+            model, runs[seed] = trainer(arm.name, arm.label, STUDENT, arm.schedule, seed, arm.how, taught)
             if seed == options.seeds[0]:
                 shown[arm.name] = model
         students[arm.name] = arm, runs
 
     with stage(console, "timing the loss", 1) as advance:
         rows = torch.arange(min(options.batch, len(splits[0])))
-        loss_ms, absent = time_losses(*outputs.batch(rows), options.feat_weight, options.cls_weight)
+        loss_ms, absent = time_losses(*outputs_of("folded").batch(rows), options.feat_weight, options.cls_weight)
         advance(1)
     with stage(console, "pictures", 3) as advance:
         pictures.draw_masks(teacher, splits[1], options.out / "masks.png", options.backend)
@@ -131,6 +137,11 @@ def work(console: Console, options: argparse.Namespace) -> None:
         pictures.draw_curves(students, options.out / "curves.png")
         advance(3)
     results = report.collect(options, splits, sides, teacher_run, students, loss_ms, absent, parameters(teacher, shown))
+    if (whole := outputs.get("whole")) is not None:
+        others = {kind: made for kind, made in outputs.items() if made is not whole}
+        results["mask_difference"] = {
+            kind: mask_difference(whole, made, splits[1].pictures) for kind, made in others.items()
+        }
     report.write(results, options.out / "results.json")
     console.print(report.table(results))
     console.print(

@@ -94,7 +94,7 @@ class Detector(nn.Module):
 
     def forward(self, pictures: Tensor) -> Outputs:
         """Predict on pictures (N, 3, S, S) of 0..255, S a multiple of 32."""
-        x = pictures.float() / 127.5 - 1
+        x = (pictures.float() / 127.5 - 1).to(self.class_head.weight.dtype)
         stages = []
         for stage in self.stages:
             x = stage(x)

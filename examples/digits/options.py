@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--ablation",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="add one-term, all-ones and long trainings",
+        help="add one-term, all-ones, other teachers', 1x1 adapters' and long trainings",
     )
     add("--quick", action="store_true", help="a tiny run that only shows that all parts work")
     if parser.parse_args(argv).quick:
@@ -108,7 +108,7 @@ def teacher_schedule(options: argparse.Namespace) -> Schedule:
 
 
 def student_arms(options: argparse.Namespace) -> list[Arm]:
-    """The students to train: alone and with both terms; with --ablation, five more arms."""
+    """The students to train: alone and with both terms; with --ablation, eight more arms."""
     short = schedule(options, options.student_iterations, options.student_lr)
     both = Distillation(
         options.feat_weight, options.cls_weight, options.ramp, backend=options.backend, normalizer=options.normalizer
@@ -124,6 +124,9 @@ def student_arms(options: argparse.Namespace) -> list[Arm]:
             Arm("features", "  features only", short, replace(both, cls_weight=0.0)),
             Arm("head", "  head only", short, replace(both, feat_weight=0.0)),
             Arm("ones", "  both, all-ones mask", short, replace(both, mask="ones")),
+            Arm("whole-teacher", "  both, teacher as it is", short, replace(both, teacher="whole")),
+            Arm("16-bit-teacher", "  both, teacher in 16 bits", short, replace(both, teacher="16 bits")),
+            Arm("small-adapter", "  both, 1x1 adapters", short, replace(both, adapter_kernel=1)),
             Arm("alone-long", f"student alone, {count}", long, None, long=True),
             Arm("both-long", f"student + fsr_loss, {count}", long, both, long=True),
         ]

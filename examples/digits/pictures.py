@@ -43,6 +43,7 @@ COLOURS = {
     "alone-long": "#7f7f7f",
     "both-long": "#d1495b",
 }
+"""Of the arms that curves are drawn of: those of other teachers and adapters lie on that of "both"."""
 TRUTH, RIGHT, WRONG = "#7fffd4", "#ffe14d", "#ff4d4d"
 SHOWN = 0.3
 """Detections are drawn from this score on."""
@@ -160,8 +161,8 @@ def draw_detections(val: Split, models: dict[str, Detector], path: Path, picture
 
 def draw_curves(students: dict[str, tuple[Arm, dict[int, Run]]], path: Path) -> None:
     """AP and the detection loss over the iterations, mean over seeds, least to greatest shaded."""
-    short = {name: pair for name, pair in students.items() if not pair[0].long}
-    long = {name: pair for name, pair in students.items() if pair[0].long}
+    short = {name: pair for name, pair in students.items() if name in COLOURS and not pair[0].long}
+    long = {name: pair for name, pair in students.items() if name in COLOURS and pair[0].long}
     with matplotlib.rc_context(STYLE):
         panels = 3 if long else 2
         figure = Figure(figsize=(3.7 * panels, 3.3), layout="constrained")

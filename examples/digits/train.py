@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import frs_kernels
-from frs_kernels.distill import GradientShare, masks
+from frs_kernels.distill import GradientShare, fast_teacher, masks
 
 from .coco import COCO_SIDES, Detections, Split, evaluate
 from .detector import STRIDES, Detector, Outputs, Size, detect, detection_loss
 from .progress import Advance, silent
 
 MASKS = ("richness", "ones", "boxes")
+TEACHERS: dict[str, dict[str, Any] | None] = {"folded": {}, "16 bits": {"dtype": "auto"}, "whole": None}
+"""The options of `fast_teacher`; None is the teacher itself."""
 GLIMPSE = 100
 """Validation pictures that the curve of AP over the iterations is measured on."""
 
@@ -45,6 +47,7 @@ class Distillation:
     Both weights rise from zero over the first `ramp` iterations. `mask` is one of `MASKS`.
     With a `share` the weights are held where each term's gradient is that part of the rest's, at
     the features and at the logits; they begin at those given. `measure` keeps what they are.
+    `teacher` is one of `TEACHERS`.
     """
 
     feat_weight: float
@@ -55,6 +58,8 @@ class Distillation:
     normalizer: str = "mass"
     share: float | None = None
     measure: bool = False
+    teacher: str = "folded"
+    adapter_kernel: int = 3
 
 
 @dataclass
@@ -80,7 +85,7 @@ class TeacherOutputs:
     """A teacher's features and logits on the training pictures.
 
     They are kept in half precision if they take no more than `limit_gb`, and else computed anew
-    for every batch.
+    for every batch. `kind` is one of `TEACHERS`.
     """
 
     def __init__(
@@ -89,8 +94,12 @@ class TeacherOutputs:
         pictures: Tensor,
         limit_gb: float = 2.0,
         advance: Advance = silent,
+        kind: str = "folded",
     ) -> None:
         self.teacher, self.pictures = teacher.eval(), pictures
+        options = TEACHERS[kind]
+        if options is not None:
+            self.teacher = fast_teacher(self.teacher, lambda model: model(channels_last(pictures[:1])), **options)
         self.cached: tuple[list[Tensor], list[Tensor]] | None = None
         values = sum(level[0].numel() for group in self._compute(pictures[:1]) for level in group)
         if 2 * values * len(pictures) <= limit_gb * 1e9:
@@ -115,6 +124,17 @@ class TeacherOutputs:
         else:
             features, logits = ([level[rows] for level in group] for group in self.cached)
         return [f.float() for f in features], [z.float() for z in logits]
+
+
+@torch.no_grad()
+def mask_difference(a: TeacherOutputs, b: TeacherOutputs, pictures: Tensor) -> float:
+    """The largest difference of two teachers' richness scores."""
+    largest = 0.0
+    for part in pictures.split(50):
+        logits = (each.teacher(channels_last(part)).logits for each in (a, b))
+        scores = (frs_kernels.richness_mask(z).scores for z in logits)
+        largest = max(largest, *(float((x - y).abs().max()) for x, y in zip(*scores, strict=True)))
+    return largest
 
 
 def _join(parts: tuple[list[Tensor], ...]) -> list[Tensor]:
@@ -149,7 +169,7 @@ class Teaching(nn.Module):
         self.adapter: nn.Module | None = None
         if how.feat_weight:
             theirs = [level.shape[1] for level in teacher.batch(torch.tensor([0]))[0]]
-            self.adapter = frs_kernels.FeatureAdapter(channels, theirs[0], len(theirs)).to(device)
+            self.adapter = frs_kernels.FeatureAdapter(channels, theirs[0], len(theirs), how.adapter_kernel).to(device)
         self.shares = nn.ModuleDict()
         if how.share is not None or how.measure:
             weights = {"feat": how.feat_weight, "cls": how.cls_weight}

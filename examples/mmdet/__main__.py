@@ -2,7 +2,7 @@
 
 python -m examples.mmdet                       GFL, one seed: some minutes on two cores
 python -m examples.mmdet --detector fcos       or retinanet, faster_rcnn
-python -m examples.mmdet --ablation            with features only, head only, and an all-ones mask
+python -m examples.mmdet --ablation            with one term, an all-ones mask, other teachers, 1x1 adapters
 python -m examples.mmdet --quick               seconds: shows only that every part works
 """
 
@@ -48,6 +48,9 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "features": ("features only", "_distil", {"model.terms": "features"}),
     "head": ("head only", "_distil", {"model.terms": "head"}),
     "ones": ("both, all-ones mask", "_distil", {"model.mask": "ones"}),
+    "whole-teacher": ("both, teacher as it is", "_distil", {"model.fast_teacher": False}),
+    "16-bit-teacher": ("both, teacher in 16 bits", "_distil", {"model.fast_teacher": {"dtype": "auto"}}),
+    "small-adapter": ("both, 1x1 adapters", "_distil", {"model.adapter_kernel": 1}),
 }
 
 
@@ -73,13 +76,13 @@ class Observer(Hook):
 
 
 def train(
-    console: Console, options: argparse.Namespace, name: str, label: str, seed: int, changes: dict[str, Any]
-) -> dict[str, Any]:
+    console: Console, options: argparse.Namespace, name: str, arm: str, label: str, seed: int, changes: dict[str, Any]
+) -> tuple[dict[str, Any], Runner]:
     """Train one config from the beginning; its mAP, time a step, parameters and folder of logs."""
     config = Config.fromfile(CONFIGS / f"{name}.py")
     iterations = options.iterations
     teacher = options.out / f"{options.detector}_teacher"
-    run = "-".join([name, *map(str, changes.values()), f"seed{seed}"])
+    run = "-".join([name, *([arm] if changes else []), f"seed{seed}"])
     config.work_dir = str(teacher if name.endswith("_teacher") else options.out / run)
     shutil.rmtree(config.work_dir, ignore_errors=True)
     settings: dict[str, Any] = {
@@ -108,23 +111,41 @@ def train(
             runner = Runner.from_cfg(config)
             runner.register_hook(observer)
             runner.train()
-    return {
+    result = {
         "metrics": observer.metrics,
         "step_ms": 1000 * statistics.median(observer.seconds),
         "parameters": sum(p.numel() for p in getattr(runner.model, "student", runner.model).parameters()),
         "folder": os.path.relpath(runner.log_dir),
     }
+    return result, runner
+
+
+@torch.no_grad()
+def mask_difference(a: Runner, b: Runner) -> float:
+    """The largest difference of two distillers' richness scores on the validation pictures."""
+    largest = 0.0
+    for batch in a.val_dataloader:
+        images = a.model.data_preprocessor(batch)["inputs"]
+        scores = (runner.model.richness(images).scores for runner in (a, b))
+        largest = max(largest, *(float((x - y).abs().max()) for x, y in zip(*scores, strict=True)))
+    return largest
 
 
 def compare(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     """All trainings, as results.json keeps them."""
     detector = options.detector
-    teacher = train(console, options, f"{detector}_teacher", "teacher", 0, {})
+    teacher, _ = train(console, options, f"{detector}_teacher", "teacher", "teacher", 0, {})
     arms = {"teacher": {"label": "teacher", "seeds": {"0": teacher}}}
+    runners: dict[str, Runner] = {}
     for arm in ARMS if options.ablation else ("alone", "both"):
         label, suffix, changes = ARMS[arm]
-        runs = {str(seed): train(console, options, detector + suffix, label, seed, changes) for seed in options.seeds}
+        runs = {}
+        for seed in options.seeds:
+            runs[str(seed)], runners[arm] = train(console, options, detector + suffix, arm, label, seed, changes)
         arms[arm] = {"label": label, "seeds": runs}
+    differences = {}
+    if (whole := runners.get("whole-teacher")) is not None:
+        differences = {arm: mask_difference(whole, runners[arm]) for arm in ("both", "16-bit-teacher")}
     for arm in arms.values():
         runs = list(arm["seeds"].values())
         arm["mean"] = {name: statistics.fmean(run["metrics"][name] for run in runs) for name in METRICS}
@@ -134,6 +155,7 @@ def compare(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "detector": detector,
         "arms": arms,
+        "mask_difference": differences,
         "settings": {"iterations": options.iterations, "seeds": options.seeds, "pictures": options.counts},
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"frs_kernels": frs_kernels.__version__} | {name: version(name) for name in PACKAGES},
@@ -159,7 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--detector", choices=DETECTORS, default="gfl")
     parser.add_argument("--iterations", type=int, default=500, help="of each training (500)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students (0)")
-    parser.add_argument("--ablation", action="store_true", help="features only, head only, all-ones mask")
+    parser.add_argument("--ablation", action="store_true", help="one term, all-ones mask, other teachers, 1x1 adapters")
     parser.add_argument("--out", type=Path, default=Path("runs/mmdet"))
     parser.add_argument("--quick", action="store_true", help="a few pictures and iterations")
     options = parser.parse_args(argv)
