@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from toy_detectors import Detector, images
 
 from frs_kernels import fsr_loss
-from frs_kernels.distill import fast_teacher, teacher
+from frs_kernels.distill import fast_teacher, masks, teacher
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -253,9 +254,77 @@ def test_a_teacher_that_cannot_be_copied():
     distiller(teacher=plain, fast_teacher=False)(images())
 
 
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """As a new process has it, before and after: it keeps what it once skipped."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_teacher():
     plain, x = Normed(9), images()
     right = distiller(teacher=plain)(x)
     plain.neck = torch.compile(plain.neck, backend="eager")
     losses = distiller(teacher=plain)(x)
     assert torch.allclose(losses["loss_frs_feat"], right["loss_frs_feat"], rtol=1e-4)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_parts_that_run_once_and_are_not_tapped_are_compiled():
+    plain, x = Normed(9), images()
+    compiled = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    right = distiller(teacher=plain)(x)
+    d = distiller(teacher=plain, fast_teacher={"compile": {"backend": backend}})
+    parts = [name for name, module in d.teacher.named_modules() if module._compiled_call_impl is not None]
+    assert parts == ["neck.convs.0", "neck.convs.1", "neck.convs.2"]
+    assert all(module._compiled_call_impl is None for module in plain.modules())
+    for _ in range(2):
+        losses = d(x)
+        for name in ("loss_frs_feat", "loss_frs_cls"):
+            assert torch.allclose(losses[name], right[name], rtol=1e-5)
+    assert len(compiled) >= 1
+    other = copy.deepcopy(d)
+    assert all(module._compiled_call_impl is None for module in other.teacher.modules())
+    assert torch.equal(other(x)["loss_frs_feat"], d(x)["loss_frs_feat"])
+
+
+def test_which_parts_are_compiled(net):
+    def parts(model: nn.Module, **options: Any) -> list[str]:
+        fast = fast_teacher(model, run(images()), compile={"backend": "eager"}, **options)
+        return [name for name, module in fast.named_modules() if module._compiled_call_impl is not None]
+
+    assert parts(net) == [""]
+    assert parts(net, tapped=["out.0"]) == ["plain", "biased", "frozen", "between"]
+    with pytest.raises(ValueError, match="compile: the teacher has no part that runs once"):
+        parts(Detector(), tapped=["neck", "head.cls"])
+
+
+@pytest.mark.parametrize("mask", ["richness", masks.richness])
+def test_a_teacher_of_smaller_images(mask):
+    """Asked for, its levels come at the sizes of the student's; otherwise other sizes are refused."""
+    d, x = distiller(fast_teacher={"image_scale": 0.5}, mask=mask), images(side=96)
+    losses = d(x)
+    with torch.no_grad():
+        small = nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+        t_feats = d.teacher.neck(small)
+        z = [d.teacher.head.cls(v) for v in t_feats]
+    feats = d.student.neck(x)
+    assert [v.shape[2] for v in t_feats] == [6, 3, 1]
+    t_feats, z = (
+        [nn.functional.interpolate(v, s.shape[2:], mode="bilinear") for v, s in zip(levels, feats, strict=True)]
+        for levels in (t_feats, z)
+    )
+    right = fsr_loss(d.adapter(feats), t_feats, [d.student.head.cls(v) for v in feats], z, return_terms=True)
+    assert torch.allclose(losses["loss_frs_feat"], right.feat, rtol=1e-5)
+    assert torch.allclose(losses["loss_frs_cls"], right.cls, rtol=1e-5)
+    with pytest.raises(ValueError, match="image_scale must be positive"):
+        distiller(fast_teacher={"image_scale": 0.0})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+        distiller(fast_teacher={"scale": 0.5})

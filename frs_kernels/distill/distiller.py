@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from frs_kernels import checks
 from frs_kernels.distill import masks
-from frs_kernels.distill.pairing import Distilling, choose_levels, make_adapter, make_shares, options_of, ramp
+from frs_kernels.distill.pairing import (
+    Distilling,
+    choose_levels,
+    make_adapter,
+    make_shares,
+    options_of,
+    ramp,
+    resized,
+)
 from frs_kernels.distill.tap import COMPILED, Source, Tap
 from frs_kernels.modules import FSRLoss
 
@@ -86,7 +94,9 @@ class Distiller(Distilling, nn.Module):
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         fast_teacher: keep a copy of the teacher with its batch norms folded, on the same memory where nothing changes;
             a dict has options of `frs_kernels.distill.fast_teacher`, dict(dtype="auto") for 16 bits where that is
-            faster. Load the teacher's weights before; for one that changes later, False keeps the teacher itself.
+            faster, and two of the distiller's own: stream=True runs the teacher on a CUDA stream beside the student;
+            image_scale=0.5 gives it smaller images and resizes what it emits, which is another method than the paper's.
+            Load the teacher's weights before; for one that changes later, False keeps the teacher itself.
         warmup: calls in training mode over which both losses rise linearly from 0.
         schedule: "constant", or "cosine": then both fall to 0 over `steps` calls.
         example: the arguments of one call, for the first pass that measures levels and channels, in eval mode and
@@ -275,7 +285,10 @@ class Distiller(Distilling, nn.Module):
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
         version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
-        with self._tap(self.student, 0, through=self.through(self.criterion.process_group)) as tap:
+        self.settle()
+        self.images_are_there()
+        through = self.through(self.criterion.process_group)
+        with self._tap(self.student, 0, through=through, when_images=self.images_are_there) as tap:
             returned = self.student(*args, **kwargs)
         if tap.counts != self._counts[0]:
             raise RuntimeError(
@@ -320,14 +333,21 @@ class Distiller(Distilling, nn.Module):
         self.teacher.eval()
         return self._run_teacher(self.teacher, self._prepared(images))
 
-    def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
-        self.settle()
+    def _emitted(self, images: Tensor) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """The teacher's features and logits at the levels that are distilled, those that are needed."""
         t = self.observe(images)
-        of_teacher = self._pick(t.feats) if self.has_feats else None
-        z = self._pick(t.logits) if self.recipes[1].logits is not None else None
-        self.check_first(of_teacher or [], z or [])
+        feats = self._pick(t.feats) if self.has_feats else None
+        return feats, self._pick(t.logits) if self.recipes[1].logits is not None else None
+
+    def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
         feats = self._pick(s.feats) if self.has_feats else None
         logits = self._pick(s.logits) if self.has_logits else None
+        of_teacher, z = found = self.beside.run(self._emitted, images)
+        self.beside.join(found)
+        self.check_first(of_teacher or [], z or [])
+        if self.image_scale != 1:
+            like = feats or logits or []
+            of_teacher, z = (levels and resized(levels, like) for levels in (of_teacher, z))
         for name, levels in (("features", feats), ("class logits", logits)):
             if levels is not None and torch.is_grad_enabled() and not any(x.requires_grad for x in levels):
                 self._warn(

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frs_kernels import checks
+from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.teacher import fast_dtype, fast_teacher
 from frs_kernels.functional import FSRTerms, fsr_loss
@@ -89,6 +91,14 @@ def check_finite(feats: Levels, logits: Levels) -> None:
                 )
 
 
+def resized(levels: Levels, like: Levels) -> list[Tensor]:
+    """The levels at the sizes of others; those that have them stay as they are."""
+    return [
+        x if x.shape[2:] == other.shape[2:] else F.interpolate(x, other.shape[2:], mode="bilinear")
+        for x, other in zip(levels, like, strict=True)
+    ]
+
+
 def make_shares(target: float | Sequence[float] | None, criterion: FSRLoss, feats: bool, logits: bool) -> nn.ModuleDict:
     """A `GradientShare` for each term that is distilled, "feat" and "cls", beginning at the criterion's weights."""
     if target is None:
@@ -127,6 +137,9 @@ class Distilling:
     """Of the last step."""
     channels_last = False
     """Of the teacher's images."""
+    image_scale = 1.0
+    """Of the teacher's images; its levels are then brought to the sizes of the student's."""
+    beside = Beside(wanted=False)
     auto_dtype = False
     """Until the first step, which is on the device that counts: mmengine moves a model there after it was built."""
     unseen = False
@@ -218,21 +231,29 @@ class Distilling:
             warnings.warn(message, stacklevel=3)
 
     def quicken(self, run: Callable[[Any], Any], tapped: Sequence[str], fast: bool | dict[str, Any]) -> None:
-        """Put a fast copy in the teacher's place (`fast_teacher`), with the options of a dict; False: none."""
+        """Put a fast copy in the teacher's place, with options of `fast_teacher` and of the distiller; False: none."""
         if fast is False:
             return
-        options = {} if fast is True else fast
+        options = {} if fast is True else dict(fast)
+        scale = options.pop("image_scale", 1.0)
+        checks.check_number("image_scale", scale, positive=True)
+        self.beside = Beside(bool(options.pop("stream", False)))
         self.auto_dtype = options.get("dtype") == "auto"
         self.unseen = options.get("dtype") is not None
         self.channels_last = bool(options.get("channels_last"))
         dtype = None if self.auto_dtype else options.get("dtype")
         self.teacher = fast_teacher(self.teacher, run, tapped=tapped, **{**options, "dtype": dtype})
+        self.image_scale = scale
 
     def settle(self) -> None:
         """Before a teacher's pass in training."""
         if self.auto_dtype:
             self.auto_dtype = False
             self.teacher.to(dtype=fast_dtype(next(self.teacher.parameters()).device))
+
+    def images_are_there(self) -> None:
+        """What the teacher waits for, where it has a stream of its own."""
+        self.beside.mark(next(self.teacher.parameters(), torch.empty(0)).device)
 
     def check_first(self, feats: Levels, logits: Levels) -> None:
         """After it: once, a dtype that is too narrow is an error."""
@@ -241,7 +262,9 @@ class Distilling:
             check_finite(feats, logits)
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """In the teacher's dtype and layout."""
+        """At the teacher's scale, in its dtype and layout."""
+        if self.image_scale != 1:
+            images = F.interpolate(images, scale_factor=self.image_scale, mode="bilinear", antialias=True)
         like = next(self.teacher.parameters(), images)
         if images.is_floating_point() and not like.is_meta:
             images = images.to(like.dtype)

@@ -65,6 +65,7 @@ class Tap:
         images: source of the images as the backbone sees them; a name means that module's input.
         stop_at: `counts` of an earlier pass: as soon as every module has been called so often, the pass ends, by an
             exception that goes no further than this context.
+        when_images: called as soon as the images have been seen.
         through: by "feats" or "logits", a function of a list of tensors that gives another, which what was emitted goes
             through before it is averaged or split.
 
@@ -82,6 +83,7 @@ class Tap:
         images: Source | None = None,
         stop_at: Sequence[int] | None = None,
         through: Mapping[str, Through] | None = None,
+        when_images: Callable[[], None] | None = None,
     ) -> None:
         if feats is None and logits is None and images is None:
             raise ValueError("nothing to collect: name the modules that emit feats, logits or images")
@@ -92,6 +94,8 @@ class Tap:
         for name, source in self._sources.items():
             for leaf in _leaves(source):
                 self._recorders.setdefault(leaf, _Recorder(_module(model, name, leaf.name), leaf))
+                if name == "images":
+                    self._recorders[leaf].then = when_images
         self._stop_at = stop_at
         self._through = through or {}
         self._found: dict[str, list[Tensor]] = {}
@@ -207,6 +211,7 @@ class _Recorder:
         self.calls: list[Any] = []
         self.versions: list[int] = []
         self.stop: tuple[list[_Recorder], Sequence[int]] | None = None
+        self.then: Callable[[], None] | None = None
 
     def attach(self) -> Any:
         if isinstance(self.source, Input):
@@ -223,13 +228,15 @@ class _Recorder:
         return _versions(self.calls)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "calls": [], "versions": []}
+        return {**self.__dict__, "calls": [], "versions": [], "then": None}
 
     def _see(self, emitted: Any) -> None:
         if self.source.pick is not None:
             emitted = _copied(self.source.pick(emitted))
         self.calls.append(emitted)
         self.versions += _versions(emitted)
+        if self.then is not None:
+            self.then()
         if self.stop is not None and all(len(r.calls) >= n for r, n in zip(*self.stop, strict=True)):
             raise _Enough(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ def fast_teacher(
     free: bool = False,
     dtype: torch.dtype | str | None = None,
     channels_last: bool = False,
+    compile: bool | Mapping[str, Any] = False,
 ) -> nn.Module:
     """A copy of a detector, frozen, in eval mode, that gives what `run` needs of it for less.
 
@@ -41,9 +43,12 @@ def fast_teacher(
         free: modules with weights that `run` does not call are taken out, their memory is freed with the model's.
         dtype: of weights and activations; "auto": what `fast_dtype` says. Outputs are then rounded to it.
         channels_last: weights in channels_last, for images that are.
+        compile: torch.compile for the largest parts that run once in a pass and in which nothing is tapped; a dict has
+            its keywords. dict(mode="reduce-overhead", dynamic=False) makes a CUDA graph of each size of images, up to
+            `torch._dynamo.config.recompile_limit` (8); others run as they are. A copy of the teacher is not compiled.
 
     Raises:
-        ValueError: an unknown dtype; `run` calls nothing; the model cannot be copied.
+        ValueError: an unknown dtype; `run` calls nothing; the model cannot be copied; there is nothing to compile.
     """
     if isinstance(dtype, str):
         checks.check_option("dtype", dtype, ("auto",))
@@ -53,11 +58,15 @@ def fast_teacher(
             fold_batch_norms(made, run, tapped)
         if free:
             _free(made, run)
+        # Before anything is converted: `run` has images of the model's own dtype.
+        parts = _parts_to_compile(made, run, tapped) if compile else []
     if dtype is not None:
         device = next(made.parameters(), torch.empty(0)).device
         made.to(dtype=fast_dtype(device) if isinstance(dtype, str) else dtype)
     if channels_last:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in parts:
+        _compile(part, compile if isinstance(compile, Mapping) else {})
     return made
 
 
@@ -181,17 +190,47 @@ class _Freed(nn.Module):
         raise RuntimeError("this part of the teacher was taken out: fast_teacher(free=True) keeps what is tapped")
 
 
-def _free(model: nn.Module, run: Run) -> None:
-    """Take out the largest modules with parameters none of which is called."""
-    called: set[nn.Module] = set()
-    handles = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in model.modules()]
+def _calls(model: nn.Module, run: Run) -> Counter[nn.Module]:
+    """How often each module is called."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [m.register_forward_pre_hook(lambda module, _: calls.update([module])) for m in model.modules()]
     try:
         run(model)
     finally:
         for handle in handles:
             handle.remove()
-    if not called:
+    if not calls:
         raise ValueError("run called no module of the teacher")
+    return calls
+
+
+def _parts_to_compile(model: nn.Module, run: Run, tapped: Collection[str]) -> list[nn.Module]:
+    """The largest modules that are called once; a head that is called once a level would be compiled for each size."""
+    calls = _calls(model, run)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found) or "" in found
+        seen = any(f"{tap}.".startswith(f"{name}.") or not name for tap in tapped)
+        large = any(True for _ in module.children()) and any(True for _ in module.parameters())
+        if calls[module] == 1 and large and not inside and not seen:
+            found[name] = module
+    if not found:
+        raise ValueError("compile: the teacher has no part that runs once in a pass and in which nothing is tapped")
+    return list(found.values())
+
+
+def _compile(module: Any, options: Mapping[str, Any]) -> None:
+    """nn.Module.compile, which for torch's own containers does nothing (2.13): Dynamo skips frames of torch's files."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **options)
+
+
+def _free(model: nn.Module, run: Run) -> None:
+    """Take out the largest modules with parameters none of which is called."""
+    called = _calls(model, run).keys()
     gone: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in gone) or not any(True for _ in module.parameters()):

@@ -40,6 +40,7 @@ from frs_kernels.distill.pairing import (
     make_shares,
     options_of,
     ramp,
+    resized,
     strides,
 )
 from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers them: a config imports this file alone
@@ -93,7 +94,9 @@ class FRSDistiller(Distilling, BaseDetector):
         average_mass: average M_l, and what gradient_share looks at, over the processes of `torch.distributed`; each
             keeps its own by default.
         fast_teacher: fold the teacher's batch norms; a dict has options of `frs_kernels.distill.fast_teacher`,
-            dict(dtype="auto", free=True) for 16 bits where that is faster and without the box tower. False: as it is.
+            dict(dtype="auto", free=True) for 16 bits where that is faster and without the box tower, and two of the
+            distiller's own: stream=True runs the teacher on a CUDA stream beside the student; image_scale=0.5 gives it
+            smaller images and resizes what it emits, another method than the paper's. False: as it is.
         data_preprocessor: the student's by default.
 
     Raises (when built, before training):
@@ -174,13 +177,18 @@ class FRSDistiller(Distilling, BaseDetector):
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """The student's own losses with loss_frs_feat, loss_frs_cls and frs_mass_<level>."""
         # The teacher first: what it needs on the way is freed before the student's graph is there.
-        t = self.observe_teacher(batch_inputs)
+        self.settle()
+        self.images_are_there()
+        t = self.beside.run(self.observe_teacher, batch_inputs)
         with Tap(self.student, **sources(self.student), through=self.through(self._group())) as tap:
             losses: dict[str, Any] = self.student.loss(batch_inputs, batch_data_samples)
         if tap.counts != [1, 1]:
             head = type(dense_head(self.student)).__name__
             raise RuntimeError(f"the student's loss called its {head} {tap.counts[0]} times; it must be called once")
         s = self._pick(Emitted(tap.feats, tap.logits, ()))
+        self.beside.join(t)
+        if self.image_scale != 1:
+            t = Emitted(resized(t.feats, s.feats), resized(t.logits, s.logits), t.outputs)
         losses |= self.distil(s, t, batch_data_samples)
         assert self.terms is not None
         losses |= {f"frs_mass_{level}": mass for level, mass in zip(self.levels, self.terms.mass, strict=True)}
@@ -229,7 +237,7 @@ class FRSDistiller(Distilling, BaseDetector):
             return None
         scores = self._score(t).scores
         if self.centerness:
-            scores = masks.centerness(scores, [t.outputs[2][i] for i in self.levels])
+            scores = masks.centerness(scores, resized([t.outputs[2][i] for i in self.levels], t.logits))
         return scores if self.threshold is None else masks.threshold(scores, self.threshold)
 
     def _pick(self, emitted: Emitted) -> Emitted:

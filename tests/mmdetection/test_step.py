@@ -221,6 +221,35 @@ def test_a_teacher_of_16_bits_without_its_boxes(rng, teacher_file, name):
         assert abs(losses[key] - right[key]) <= 0.05 * right[key]
 
 
+@pytest.mark.parametrize("name", ["gfl", "faster_rcnn"])
+def test_a_compiled_teacher(rng, teacher_file, name):
+    """The backbone and the neck; the head's class branch runs once a level. The same step, also beside the student."""
+    inputs, samples = batch(rng)
+    file = teacher_file(name)
+    right = distiller(name, file).loss(inputs, samples)
+    model = distiller(name, file, fast_teacher={"compile": {"backend": "eager"}, "stream": True})
+    parts = [name for name, module in model.teacher.named_modules() if module._compiled_call_impl is not None]
+    assert parts == ["backbone", "neck"]
+    losses = model.loss(inputs, samples)
+    for key in FRS:
+        assert abs(losses[key] - right[key]) <= 1e-5 * right[key]
+
+
+@pytest.mark.parametrize("options", [{}, {"centerness": True}, {"mask": "boxes"}], ids=str)
+def test_a_teacher_of_smaller_images(rng, teacher_file, options):
+    inputs, samples = batch(rng)
+    file = teacher_file("fcos")
+    model = distiller("fcos", file, fast_teacher={"image_scale": 0.5}, preset="fcos", **options)
+    t = model.observe_teacher(inputs)
+    assert t.feats[0].shape[2] == inputs.shape[2] // 16
+    losses = model.loss(inputs, samples)
+    assert model.terms.mask[0].shape[1] == inputs.shape[2] // 8
+    if not options:
+        scores = torch.nn.functional.interpolate(t.logits[0], model.terms.mask[0].shape[1:], mode="bilinear")
+        assert torch.allclose(model.terms.mask[0], scores.amax(1).sigmoid(), rtol=1e-5)
+    assert all(losses[key].isfinite() and losses[key] > 0 for key in FRS)
+
+
 def test_a_gradient_share_is_held(rng, teacher_file):
     """The head's pull at the logits, as a part of that of the detector's own losses."""
     model = distiller("gfl", teacher_file("gfl"), terms="head", gradient_share=[0.3, 0.3])
