@@ -27,7 +27,7 @@ COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "model, ms", "× autho
 HOST_COLUMNS = ("µs a step", "× trivial", "launches")
 MODELLED = (f"{OURS} cuda", f"{OURS} triton")  # what benchmarks/model.py counts the launches of
 
-STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB")
+STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB", "teacher, MB")
 
 
 def read(folder: Path, part: str) -> dict[str, Any] | None:
@@ -171,13 +171,14 @@ def step_rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             median, low, high = arm["step"]
             distilled = name not in ("student alone", "teacher, forward")
             whole = name.startswith(("authors", OURS))
-            extra = arm["peak_extra"]
+            extra, weights = arm["peak_extra"], arm.get("teacher_bytes")
             found.append((case["name"], name, [
                 f"{1e3 * median:.0f} [{1e3 * low:.0f}–{1e3 * high:.0f}]",
                 f"{median / alone:.2f}",
                 f"{100 * (median - alone) / median:.0f}" if distilled else "",
                 f"{100 * (median - alone - teacher) / median:.0f}" if whole else "",
                 "" if extra is None else f"{extra / 1e6:.0f}",
+                "" if weights is None else f"{weights / 1e6:.0f}",
             ]))  # fmt: skip
     return found
 

@@ -1,6 +1,7 @@
 """Fused kernels for distilling object detectors with the Feature-Richness Score (Du et al., NeurIPS 2021)."""
 
 from frs_kernels import backends
+from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
 from frs_kernels.functional import FSRTerms, Richness, fsr_loss, masked_imitation_loss, richness_mask
 from frs_kernels.modules import FeatureAdapter, FSRLoss
@@ -9,6 +10,7 @@ from frs_kernels.version import __version__
 
 __all__ = [
     "PRESETS",
+    "Diagnosis",
     "Distiller",
     "FSRLoss",
     "FSRTerms",
@@ -17,6 +19,7 @@ __all__ = [
     "Tap",
     "__version__",
     "backends",
+    "check",
     "fsr_loss",
     "masked_imitation_loss",
     "masks",

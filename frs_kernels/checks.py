@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMALIZERS = ("mass", "mass_channels", "total_mass")
@@ -29,7 +31,7 @@ def check_number(name: str, value: Any, *, positive: bool) -> None:
 
 
 def check_weight(name: str, value: Any, device: torch.device | None) -> None:
-    """A number, or a 0-dim floating-point tensor on the device of the levels."""
+    """A number, zero or more and finite, or a 0-dim floating-point tensor on the device of the levels."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor or a number, got {value.dtype}")
@@ -37,8 +39,48 @@ def check_weight(name: str, value: Any, device: torch.device | None) -> None:
             raise ValueError(f"{name} must be a 0-dim tensor or a number, got shape {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the levels are on {device}; move it there")
+        if value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but weights are not trained; give {name}.detach()")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
+    elif not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be zero or more and finite, got {value}")
+
+
+def check_learns(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+    """Of student and teacher in each pair, where gradients are enabled and no student's tensor requires one.
+
+    Raises:
+        ValueError: a teacher's tensor does.
+    """
+    if any(z.requires_grad for _, teacher in pairs for z in teacher):
+        raise ValueError(
+            "the teacher's tensors require a gradient, the student's do not: are student and teacher swapped? If not, "
+            "the student is frozen or was detached"
+        )
+    if not is_compiling():
+        warnings.warn(
+            "no tensor of the student's requires a gradient, so that the loss trains nothing: the student is frozen, "
+            "was detached, ran under no_grad or inside checkpoint(use_reentrant=True); if it is only evaluated, call "
+            "this under torch.no_grad()",
+            stacklevel=5,
+        )
+
+
+def check_group(group: Any) -> None:
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
+            "torch.distributed.group.WORLD is that of all processes"
+        )
+
+
+def check_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "frs_kernels works with backward() and torch.autograd.grad, not inside torch.func's grad, vmap, jvp and "
+            "the like"
+        )
 
 
 def check_level_weights(value: Any, levels: int | None) -> None:

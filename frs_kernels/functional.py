@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    mask: Levels | None = ...,
+    mask: Levels | Richness | None = ...,
     return_terms: Literal[False] = ...,
     **options: Unpack[Keywords],
 ) -> Tensor: ...
@@ -67,7 +67,7 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    mask: Levels | None = ...,
+    mask: Levels | Richness | None = ...,
     return_terms: Literal[True],
     **options: Unpack[Keywords],
 ) -> FSRTerms: ...
@@ -80,7 +80,7 @@ def fsr_loss(
     student_logits: Levels | None,
     teacher_logits: Levels | None,
     *,
-    mask: Levels | None = ...,
+    mask: Levels | Richness | None = ...,
     return_terms: bool,
     **options: Unpack[Keywords],
 ) -> Tensor | FSRTerms: ...
@@ -101,7 +101,7 @@ def fsr_loss(
     normalizer: str = "mass",
     eps: float = 0.0,
     level_weights: Sequence[float] | None = None,
-    mask: Levels | None = None,
+    mask: Levels | Richness | None = None,
     process_group: ProcessGroup | None = None,
     grad_mode: str = "auto",
     backend: str = "auto",
@@ -119,8 +119,9 @@ def fsr_loss(
         student_feats, teacher_feats: lists of (N, C, H, W), one tensor a level; None for both leaves `feat` out.
         student_logits, teacher_logits: lists of (N, K, H, W), class logits before the sigmoid, anchors folded into K
             as the head emits them. Without student_logits `cls` is left out; teacher_logits make the mask.
-        feat_weight, cls_weight: a number, or a 0-dim tensor, which is read on the device: changing it neither
-            recompiles nor synchronises.
+            Probabilities, and a softmax with a background class, have the same shapes: `frs_kernels.check` tells.
+        feat_weight, cls_weight: a number, zero or more, or a 0-dim tensor, which is read on the device: changing it
+            neither recompiles nor synchronises, and what it holds is not looked at. Weights are not trained.
         feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4.
         cls_loss: "bce", or "kl" for the Bernoulli KL(teacher || student): the same gradient, 0 where they agree.
         temperature: divides the logits inside `cls`, which is then multiplied by its square.
@@ -129,7 +130,8 @@ def fsr_loss(
             sum_l M_l, so that a level on which the teacher sees little weighs little (docs/math.md).
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
-        mask: a list of (N, H, W) floating-point tensors, used as S instead of the richness score.
+        mask: used as S instead of the richness score: a list of (N, H, W) or (N, 1, H, W) tensors, floating-point or
+            bool, or what `richness_mask` returns. What it holds is not looked at; a negative number pushes away.
         process_group: M_l is averaged over its ranks, so that averaged gradients are those of the joint batch (whose
             eps would be that of a rank times their number).
         grad_mode: "forward" computes the gradient in the forward pass (less traffic), "backward" in the backward pass
@@ -146,15 +148,18 @@ def fsr_loss(
         dtype and strides, and it is differentiable once.
 
     Raises:
-        TypeError: an argument is not a (list of) floating-point tensor(s).
-        ValueError: lengths, shapes or devices differ, a list is empty, an option is unknown.
-        RuntimeError: the backend is not on this machine.
+        TypeError: an argument is not a (list of) floating-point tensor(s), or a process_group not one.
+        ValueError: lengths, shapes or devices differ, a list is empty, an option is unknown or out of range; a weight
+            requires a gradient; gradients are enabled and the teacher's tensors require one, the student's do not.
+        RuntimeError: the backend is not on this machine, or a transform of torch.func is active.
+    Where gradients are enabled and no tensor of the student's requires one, a warning says so.
     """
     options = Options.of(
         feat_loss=feat_loss, cls_loss=cls_loss, temperature=temperature, beta=beta, normalizer=normalizer, eps=eps,
         level_weights=level_weights, grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
-    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, mask)
+    scores = plain_mask(mask)
+    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores)
     # Class entries first: their teacher is what `score` has just read.
     pairs = []
     if student_logits is not None and teacher_logits is not None:
@@ -163,10 +168,10 @@ def fsr_loss(
         pairs.append(_Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
 
     def check() -> None:
-        checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, mask)
+        checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, scores)
         checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
 
-    return _distill(pairs, options, check, mask, teacher_logits, process_group, return_terms)
+    return _distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
 
 
 def richness_mask(teacher_logits: Levels, *, backend: str = "auto") -> Richness:
@@ -193,7 +198,7 @@ def richness_mask(teacher_logits: Levels, *, backend: str = "auto") -> Richness:
 def masked_imitation_loss(
     student: Levels,
     teacher: Levels,
-    mask: Levels,
+    mask: Levels | Richness,
     *,
     loss: str = "mse",
     weight: Weight = 1.0,
@@ -210,7 +215,7 @@ def masked_imitation_loss(
 
     Args:
         student, teacher: lists of (N, C, H, W), one tensor a level.
-        mask: list of (N, H, W) floating-point tensors; M_l is the sum of a level's.
+        mask: as in `fsr_loss`; M_l is the sum of a level's.
         loss: "mse", "l1" or "smooth_l1" on any features; "bce" or "kl" on logits.
         weight: multiplies the loss; a number or a 0-dim tensor.
 
@@ -218,6 +223,7 @@ def masked_imitation_loss(
     """
 
     checks.check_option("loss", loss, tuple(LOSSES))
+    scores = plain_mask(mask)
     options = Options.of(
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
         grad_mode=grad_mode, backend=backend,
@@ -225,10 +231,10 @@ def masked_imitation_loss(
     pairs = [_Pair("weight", loss, weight, student, teacher)]
 
     def check() -> None:
-        checks.check_imitation(student, teacher, mask, takes_logits=LOSSES[loss].takes_logits)
+        checks.check_imitation(student, teacher, scores, takes_logits=LOSSES[loss].takes_logits)
         checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
 
-    result = _distill(pairs, options, check, mask, None, process_group, False)
+    result = _distill(pairs, options, check, scores, None, process_group, False)
     assert isinstance(result, Tensor)
     return result
 
@@ -257,6 +263,9 @@ def _distill(
     `check` says in the user's words what is wrong with the arguments. On small levels it takes as long as all the rest,
     so where a native operator checks all of it as well, it runs only if something was refused.
     """
+    checks.check_transforms()
+    if process_group is not None:
+        checks.check_group(process_group)
     levels = len(pairs[0].teacher) if type(pairs[0].teacher) in (list, tuple) else -1
     plain = True
     for pair in pairs:
@@ -304,6 +313,8 @@ def _imitate_pairs(
         modes.append(_grad_mode(pair, options.grad_mode, return_terms))
         student += pair.student
         teacher += pair.teacher
+    if torch.is_grad_enabled() and all(mode == "none" for mode in modes):
+        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
     scores = norm = None
     if mask is not None:
         scores, norm = _given_scores(mask)
@@ -351,6 +362,20 @@ def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
     if grad_mode == "auto":
         return "backward" if late else "forward"
     return grad_mode
+
+
+def plain_mask(mask: Any) -> Any:
+    """A list of (N, H, W) floating-point tensors, where it is one of the other forms; else what it is."""
+    if isinstance(mask, Richness):
+        return mask.scores
+    if mask is None or isinstance(mask, Tensor) or not isinstance(mask, Sequence):
+        return mask
+    return [_plain_level(m) if isinstance(m, Tensor) else m for m in mask]
+
+
+def _plain_level(mask: Tensor) -> Tensor:
+    mask = mask.squeeze(1) if mask.dim() == 4 else mask
+    return mask.float() if mask.dtype == torch.bool else mask
 
 
 def _given_scores(mask: Levels) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from frs_kernels import checks
-from frs_kernels.functional import FSRTerms, Levels, fsr_loss
+from frs_kernels.functional import FSRTerms, Levels, Richness, fsr_loss
 from frs_kernels.options import Options, Weight
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class FSRLoss(nn.Module):
             else:
                 setattr(self, name, weight)
         self.options = Options.of(**options)
-        self.process_group = process_group
+        self._group = _Group(process_group)
         self.return_terms = return_terms
 
     def forward(
@@ -55,7 +56,7 @@ class FSRLoss(nn.Module):
         student_logits: Levels | None,
         teacher_logits: Levels | None,
         *,
-        mask: Levels | None = None,
+        mask: Levels | Richness | None = None,
     ) -> Tensor | FSRTerms:
         """The loss, or `FSRTerms` if the module was made with return_terms=True; arguments as `fsr_loss`."""
         return fsr_loss(
@@ -71,9 +72,42 @@ class FSRLoss(nn.Module):
             **self.options._asdict(),
         )
 
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """A copy of the module has it, too; a pickle has not, and says so where it is read."""
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        self._group = _Group(group)
+
     def extra_repr(self) -> str:
         shown = {"feat_weight": self.feat_weight, "cls_weight": self.cls_weight, **self.options._asdict()}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class _Group:
+    """A process group, which can be neither copied nor pickled."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        if group is not None:
+            checks.check_group(group)
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> _Group:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (_Group, (None,)) if self.group is None else (_without_group, ())
+
+
+def _without_group() -> _Group:
+    warnings.warn(
+        "this FSRLoss was pickled with a process group, which lives with its process: set its process_group anew, or "
+        "the mass is averaged over no ranks",
+        stacklevel=2,
+    )
+    return _Group(None)
 
 
 class FeatureAdapter(nn.Module):
@@ -108,14 +142,27 @@ class FeatureAdapter(nn.Module):
             nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2) for i, o in zip(ins, outs, strict=True)
         )
 
-    def forward(self, feats: Levels) -> list[Tensor]:
-        """One (N, C_in, H, W) tensor a level to one (N, C_out, H, W) a level.
+    def forward(self, feats: Levels | Mapping[str, Tensor]) -> list[Tensor]:
+        """One (N, C_in, H, W) tensor a level to one (N, C_out, H, W) a level; those of a dict are taken in order.
 
         Raises:
-            ValueError: the number of levels is not num_levels.
+            ValueError: one tensor in place of a list of them; the number of levels is not num_levels; another number
+                of channels than the adapter was made for.
         """
+        if isinstance(feats, Mapping):
+            feats = list(feats.values())
+        if isinstance(feats, Tensor):
+            raise ValueError(
+                f"feats is one tensor {tuple(feats.shape)}; give a list of {len(self.convs)}, (N, C, H, W) a level"
+            )
         if len(feats) != len(self.convs):
             raise ValueError(f"feats has {len(feats)} levels, the adapter was made for {len(self.convs)}")
+        for level, (conv, x) in enumerate(zip(self.convs, feats, strict=True)):
+            if x.dim() == 4 and x.shape[1] != conv.in_channels:
+                raise ValueError(
+                    f"feats[{level}] {tuple(x.shape)} has {x.shape[1]} channels, the adapter was made for "
+                    f"{conv.in_channels} there"
+                )
         return [conv(x) for conv, x in zip(self.convs, feats, strict=True)]
 
 

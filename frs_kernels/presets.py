@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypedDict, cast
 
 
 class Preset(TypedDict, total=False):
@@ -16,10 +18,14 @@ class Preset(TypedDict, total=False):
 # own code takes Faster R-CNN's mask and head term from the RPN's objectness. "ultralytics" is that library's built-in
 # feature loss: its gain of 6, C * M as the denominator, no head term (give no student_logits: a weight of 0 still costs
 # the pass over them); it multiplies by the batch size besides.
-PRESETS: dict[str, Preset] = {
+_PRESETS: dict[str, Preset] = {
     "retinanet": {"feat_weight": 0.005, "cls_weight": 0.02},
     "gfl": {"feat_weight": 0.1, "cls_weight": 0.05},
     "fcos": {"feat_weight": 0.01, "cls_weight": 0.05},
     "faster_rcnn": {"feat_weight": 0.002, "cls_weight": 0.1},
     "ultralytics": {"feat_weight": 6.0, "cls_weight": 0.0, "normalizer": "mass_channels", "eps": 1e-9},
 }
+# A change by one caller would be everybody's.
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {name: cast("Preset", MappingProxyType(preset)) for name, preset in _PRESETS.items()}
+)

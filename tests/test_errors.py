@@ -163,11 +163,11 @@ TABLE: dict[str, tuple[Callable[[Call], None], type[Exception], tuple[str, ...]]
         ValueError,
         ("mask[1] (2, 1, 2)", "teacher_feats[1] (2, 5, 1, 1)"),
     ),
-    "mask axes": (put_all(mask=[Z(2, 1, 3, 4), Z(2, 1, 1, 1)]), ValueError, ("mask[0]", "(N, H, W)", "(2, 1, 3, 4)")),
-    "mask of flags": (
-        put_all(mask=[Z(2, 3, 4, dtype=torch.bool), Z(2, 1, 1, dtype=torch.bool)]),
+    "mask axes": (put_all(mask=[Z(2, 5, 3, 4), Z(2, 5, 1, 1)]), ValueError, ("mask[0]", "(N, H, W)", "(2, 5, 3, 4)")),
+    "mask of whole numbers": (
+        put_all(mask=[Z(2, 3, 4, dtype=torch.uint8), Z(2, 1, 1, dtype=torch.uint8)]),
         TypeError,
-        ("mask[0]", "bool", "floating-point"),
+        ("mask[0]", "uint8", "floating-point"),
     ),
     "not on the CPU": (
         put_all(backend="cuda"),

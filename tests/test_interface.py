@@ -104,7 +104,7 @@ def test_the_presets_are_those_of_the_released_configurations():
 
 
 @each_backend
-@pytest.mark.parametrize("weights", [(0.3, -2.0), (0, 1.0), (torch.tensor(0.7), 0.1)], ids=str)
+@pytest.mark.parametrize("weights", [(0.3, 2.0), (0, 1.0), (torch.tensor(0.7), 0.1)], ids=str)
 def test_the_terms_add_up(rng, backend, device, weights):
     p = pyramid(rng, device=device)
     feat_weight, cls_weight = (w.to(device) if isinstance(w, torch.Tensor) else w for w in weights)
@@ -168,11 +168,10 @@ def test_a_module_keeps_its_weights_as_buffers_that_move_and_are_not_saved():
 
 
 def test_a_modules_weight_is_its_own():
-    weight = torch.tensor(0.5, requires_grad=True)
+    weight = torch.tensor(0.5)
     module = FSRLoss(weight)
     module.feat_weight.fill_(2.0)
     assert weight == 0.5
-    assert not module.feat_weight.requires_grad
 
 
 def test_a_module_gives_what_the_function_gives(rng):

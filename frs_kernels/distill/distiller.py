@@ -348,8 +348,13 @@ class Distiller(Distilling, nn.Module):
         if self.image_scale != 1:
             like = feats or logits or []
             of_teacher, z = (levels and resized(levels, like) for levels in (of_teacher, z))
-        for name, levels in (("features", feats), ("class logits", logits)):
-            if levels is not None and torch.is_grad_enabled() and not any(x.requires_grad for x in levels):
+        learns = {
+            name: any(x.requires_grad for x in levels)
+            for name, levels in (("features", feats), ("class logits", logits))
+            if levels is not None
+        }
+        for name in learns:
+            if torch.is_grad_enabled() and not learns[name] and any(learns.values()):  # where none does, fsr_loss warns
                 self._warn(
                     f"the student's {name} carry no gradient, so that it learns nothing from them: they are frozen, "
                     "under no_grad, or inside checkpoint(use_reentrant=True)"

@@ -1,0 +1,143 @@
+"""`check`: what looks wrong in the tensors of a call, for once at the beginning of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from frs_kernels import checks
+from frs_kernels.functional import Levels, Richness, plain_mask
+from frs_kernels.options import Weight
+
+OFTEN = 0.5
+"""A teacher that sees an object at more than this part of a level's positions has seldom been understood."""
+
+
+class LevelReport(NamedTuple):
+    """One level of the teacher's."""
+
+    shape: tuple[int, ...]  # of the logits, else of the mask
+    mass: float  # the sum of the mask: scores, or the mask given
+    above_half: float  # the part of the positions where the mask is above 0.5
+    low: float  # of the teacher's logits; NaN without any
+    high: float
+
+
+class Diagnosis(NamedTuple):
+    """What `check` found; `str()` of it is a table."""
+
+    levels: list[LevelReport]
+    findings: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{'level':>5}  {'shape':<22} {'mass':>10}  {'above 0.5':>9}  {'logits':>18}"]
+        for number, level in enumerate(self.levels):
+            logits = "" if level.low != level.low else f"{level.low:.3g} to {level.high:.3g}"
+            shape = str(level.shape)
+            lines.append(f"{number:>5}  {shape:<22} {level.mass:>10.4g}  {level.above_half:>9.2%}  {logits:>18}")
+        return "\n".join([*lines, *(self.findings or ["nothing looks wrong"])])
+
+
+@torch.no_grad()
+def check(
+    student_feats: Levels | None,
+    teacher_feats: Levels | None,
+    student_logits: Levels | None,
+    teacher_logits: Levels | None,
+    *,
+    mask: Levels | Richness | None = None,
+    feat_weight: Weight = 1.0,
+    cls_weight: Weight = 1.0,
+) -> Diagnosis:
+    """Look at the numbers of a call of `fsr_loss`, which looks at shapes alone: that would make the host wait.
+
+        print(frs_kernels.check(student_feats, teacher_feats, student_logits, teacher_logits))
+
+    Finds: NaN and inf; probabilities given as logits; the logits of a softmax; a teacher that sees an object at most
+    positions, as one with a background class among its logits does; a teacher that sees nothing; negative numbers in a
+    mask; weights that are NaN, inf or negative; a student that is its own teacher.
+
+    Args:
+        all as in `fsr_loss`, the weights as there.
+
+    Returns:
+        For each level the mask's mass, the part of its positions above 0.5 and the range of the teacher's logits; and
+        what looks wrong, a sentence each.
+
+    Raises:
+        TypeError, ValueError: as `fsr_loss`.
+    """
+    scores = plain_mask(mask)
+    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores)
+    checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, scores)
+    given = {
+        "student_feats": student_feats, "teacher_feats": teacher_feats, "student_logits": student_logits,
+        "teacher_logits": teacher_logits, "mask": scores,
+    }  # fmt: skip
+    findings = [text for name, levels in given.items() for text in _not_finite(name, levels)]
+    for name in ("student_logits", "teacher_logits"):
+        findings += _no_logits(name, given[name])
+    for name, student, teacher in (
+        ("feats", student_feats, teacher_feats),
+        ("logits", student_logits, teacher_logits),
+    ):
+        if student is not None and teacher is not None and _same(student, teacher):
+            findings.append(f"student_{name} are teacher_{name}: the same memory; the student would imitate itself")
+    shares = [z.float().amax(1).sigmoid() for z in teacher_logits or ()] if scores is None else scores
+    levels = []
+    for level, share in enumerate(shares):
+        z = teacher_logits[level] if teacher_logits is not None else None
+        levels.append(_report(share, z))
+        findings += _mass(level, levels[-1], given=scores is not None)
+        if share.numel() and share.amin() < 0:
+            findings.append(f"mask[{level}] has negative numbers, down to {float(share.amin()):.3g}: they push away")
+    for name, weight in (("feat_weight", feat_weight), ("cls_weight", cls_weight)):
+        if not 0 <= float(weight) < float("inf"):
+            findings.append(f"{name} is {float(weight)}; it must be zero or more and finite")
+    return Diagnosis(levels, findings)
+
+
+def _not_finite(name: str, levels: Levels | None) -> Iterator[str]:
+    for level, x in enumerate(levels or ()):
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            yield f"{name}[{level}] has {bad} numbers that are NaN or inf, of {x.numel()}"
+
+
+def _no_logits(name: str, levels: Levels | None) -> Iterator[str]:
+    """A softmax over channels sums to 1; its logarithm has a log-sum-exp of 0; probabilities are in [0, 1]."""
+    filled = [z.double() for z in levels or () if z.numel()]
+    if not filled:
+        return
+    low, high = min(z.min() for z in filled), max(z.max() for z in filled)
+    several = filled[0].shape[1] > 1
+    if several and all(torch.logsumexp(z, 1).abs().max() < 1e-3 for z in filled):
+        yield f"{name} are the logarithm of a softmax; the loss is for sigmoid heads"
+    elif low >= 0 and high <= 1 and high > low:
+        sums = several and all((z.sum(1) - 1).abs().max() < 1e-3 for z in filled)
+        kind = "a softmax's probabilities; the loss is for sigmoid heads" if sums else "probabilities"
+        yield f"{name} are all within [0, 1] and look like {kind}: give what the head emits before the sigmoid"
+
+
+def _same(a: Levels, b: Levels) -> bool:
+    return all(x.numel() and x.data_ptr() == z.data_ptr() for x, z in zip(a, b, strict=True))
+
+
+def _report(share: Tensor, z: Tensor | None) -> LevelReport:
+    empty = z is None or z.numel() == 0
+    low, high = (float("nan"),) * 2 if empty or z is None else (float(z.min()), float(z.max()))
+    half = float((share > 0.5).float().mean()) if share.numel() else 0.0
+    return LevelReport(tuple(share.shape if z is None else z.shape), float(share.sum()), half, low, high)
+
+
+def _mass(level: int, found: LevelReport, *, given: bool) -> Iterator[str]:
+    if found.mass == 0:
+        yield f"level {level} has no mass, so that it adds nothing"
+    elif found.above_half > OFTEN and not given:
+        yield (
+            f"level {level}: the teacher sees an object at {found.above_half:.0%} of the positions; is there a "
+            "background class among its logits, or are they probabilities?"
+        )
