@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.parallel import DistributedDataParallel
 
 from frs_kernels import checks
 from frs_kernels.functional import FSRTerms, Levels, Richness, fsr_loss
@@ -149,6 +153,7 @@ class FeatureAdapter(nn.Module):
             ValueError: one tensor in place of a list of them; the number of levels is not num_levels; another number
                 of channels than the adapter was made for.
         """
+        _warn_if_alone(self)
         if isinstance(feats, Mapping):
             feats = list(feats.values())
         if isinstance(feats, Tensor):
@@ -164,6 +169,26 @@ class FeatureAdapter(nn.Module):
                     f"{conv.in_channels} there"
                 )
         return [conv(x) for conv, x in zip(self.convs, feats, strict=True)]
+
+
+def _warn_if_alone(adapter: nn.Module) -> None:
+    """Where several processes train an adapter outside DDP, its copies drift apart.
+
+    DDP says while it runs which module it wraps. FSDP and DeepSpeed do not: where they are loaded nothing is said.
+    """
+    distributed = torch.distributed
+    if is_compiling() or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not adapter.training or not torch.is_grad_enabled() or distributed.get_world_size() < 2:
+        return
+    if DistributedDataParallel._active_ddp_module is None and not {"torch.distributed.fsdp", "deepspeed"} & {
+        *sys.modules
+    }:
+        warnings.warn(
+            "the FeatureAdapter runs outside DistributedDataParallel, so that each process trains another one: wrap "
+            "student and adapter as one module, or take frs_kernels.Distiller",
+            stacklevel=4,
+        )
 
 
 def _per_level(name: str, channels: int | Sequence[int], levels: int) -> list[int]:

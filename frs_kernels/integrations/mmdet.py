@@ -97,6 +97,8 @@ class FRSDistiller(Distilling, BaseDetector):
             dict(dtype="auto", free=True) for 16 bits where that is faster and without the box tower, and two of the
             distiller's own: stream=True runs the teacher on a CUDA stream beside the student; image_scale=0.5 gives it
             smaller images and resizes what it emits, another method than the paper's. False: as it is.
+        trust_checkpoint: read a checkpoint that holds more than weights and what mmengine puts beside them. Such a file
+            may run any code.
         data_preprocessor: the student's by default.
 
     Raises (when built, before training):
@@ -127,6 +129,7 @@ class FRSDistiller(Distilling, BaseDetector):
         warmup: int = 500,
         average_mass: bool = False,
         fast_teacher: bool | dict[str, Any] = True,
+        trust_checkpoint: bool = False,
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
@@ -158,7 +161,7 @@ class FRSDistiller(Distilling, BaseDetector):
         self.warmup = warmup
         self.average_mass = average_mass
         frozen = MODELS.build(teacher_cfg)
-        load_teacher(frozen, teacher_checkpoint)
+        load_teacher(frozen, teacher_checkpoint, trust_checkpoint)
         self.teacher = frozen
 
         s, t = probe("student", self.student), probe("teacher", self.teacher)

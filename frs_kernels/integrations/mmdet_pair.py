@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.models.dense_heads import (
@@ -26,6 +28,7 @@ from mmdet.models.dense_heads import (
 from mmdet.models.detectors import BaseDetector
 from mmengine.config import Config
 from mmengine.hub import get_config
+from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import _load_checkpoint
 from torch import Tensor, nn
 
@@ -125,16 +128,60 @@ def check_normalisation(student: Any, teacher: Any) -> None:
         )
 
 
-def load_teacher(teacher: BaseDetector, checkpoint: str | Path) -> None:
+_multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # NumPy 2, 1
+NUMPY = tuple(type(np.dtype(name)) for name in ("bool", "uint8", "uint32", "int32", "int64", "float32", "float64"))
+
+
+def _method(owner: Any, name: str) -> Any:
+    """In the place of `getattr`, with which a pickle may reach anything."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr({owner!r}, {name!r})")
+    return getattr(owner, name)
+
+
+SAFE = [
+    HistoryBuffer,
+    np.ndarray,
+    np.dtype,
+    _multiarray._reconstruct,
+    _multiarray.scalar,
+    *NUMPY,
+    (_method, "builtins.getattr"),
+]
+"""What mmengine's checkpoints hold beside tensors."""
+
+
+def _read(checkpoint: str) -> Any:
+    """A file's or URL's content, without running code that it holds."""
+    with torch.serialization.safe_globals(SAFE):
+        if checkpoint.startswith(("http://", "https://")):
+            return torch.hub.load_state_dict_from_url(checkpoint, map_location="cpu", weights_only=True)
+        return torch.load(Path(checkpoint).expanduser(), map_location="cpu", weights_only=True)
+
+
+def load_teacher(teacher: BaseDetector, checkpoint: str | Path, trust: bool) -> None:
+    """Load a file or URL, and with `trust` whatever mmengine knows, pickled code included."""
+    named = f"teacher_checkpoint={str(checkpoint)!r}"
+    scheme = re.match(r"(?!https?:)([\w-]+):/?/", str(checkpoint))
+    if scheme and not trust:
+        raise ValueError(
+            f"{named} is read by mmengine, which runs code that a checkpoint may hold: download it and give the file, "
+            "or set trust_checkpoint=True"
+        )
     try:
-        state = _load_checkpoint(str(checkpoint), map_location="cpu")
+        state = _load_checkpoint(str(checkpoint), map_location="cpu") if trust else _read(str(checkpoint))
     except OSError as error:
-        raise FileNotFoundError(f"teacher_checkpoint={str(checkpoint)!r} cannot be read: {error}") from error
+        raise FileNotFoundError(f"{named} cannot be read: {error}") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} is no checkpoint: {error}") from error
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)|Unsupported class (\S+)", str(error)):
+            raise ValueError(
+                f"{named} holds more than weights: {found[1] or found[2]}, which would be called when it is read; if "
+                "you know where the file is from, set trust_checkpoint=True"
+            ) from error
+        raise ValueError(f"{named} is no checkpoint: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} is no checkpoint but a {type(state).__name__}")
+        raise ValueError(f"{named} is no checkpoint but a {type(state).__name__}")
     # What DDP puts before the names, and what early releases of mmdetection 3 kept of the preprocessor.
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("data_preprocessor.")}
@@ -144,7 +191,7 @@ def load_teacher(teacher: BaseDetector, checkpoint: str | Path) -> None:
         hint = "; export its student first" if any(key.startswith("student.") for key in state) else ""
         lines = [line.strip() for line in str(error).splitlines()]
         shown = " ".join(line if len(line) < 300 else line[:300] + " ..." for line in lines[:4])
-        raise ValueError(f"teacher_checkpoint={str(checkpoint)!r} does not fit the teacher{hint}: {shown}") from error
+        raise ValueError(f"{named} does not fit the teacher{hint}: {shown}") from error
 
 
 def empty_image() -> Tensor:

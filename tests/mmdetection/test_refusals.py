@@ -9,6 +9,7 @@ import torch
 from detectors import CONFIGS, NAMES, config_of, distiller, student_of, teacher_of
 from mmdet.models.detectors import GFL
 from mmengine.hub import get_config
+from mmengine.logging import HistoryBuffer
 
 each_detector = pytest.mark.parametrize("name", NAMES)
 HEADS = {"retinanet": "bbox_head", "gfl": "bbox_head", "fcos": "bbox_head", "faster_rcnn": "roi_head.bbox_head"}
@@ -65,6 +66,46 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     (tmp_path / "notes.pth").write_text("no weights")
     with refused(ValueError, "teacher_checkpoint=", "notes.pth"):
         distiller("gfl", str(tmp_path / "notes.pth"))
+
+
+class Harmful:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_that_would_run_code(teacher_file, tmp_path):
+    file = teacher_file("gfl")
+    content = torch.load(file) | {"more": Harmful(str(tmp_path / "harm"))}
+    torch.save(content, file)
+    with refused(ValueError, "holds more than weights: ", "open", "trust_checkpoint=True"):
+        distiller("gfl", file)
+    assert not (tmp_path / "harm").exists()
+    distiller("gfl", file, trust_checkpoint=True)
+    assert (tmp_path / "harm").exists()
+
+
+class Reaching:
+    """mmengine's log buffers are pickled with getattr, which reaches further."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "__init__")
+
+
+def test_a_checkpoint_that_reaches_for_more_by_getattr(teacher_file):
+    file = teacher_file("gfl")
+    torch.save(torch.load(file) | {"more": Reaching(), "log": HistoryBuffer([1.0], [1])}, file)
+    with refused(ValueError, "holds more than weights: getattr", "__init__"):
+        distiller("gfl", file)
+
+
+def test_a_checkpoint_that_mmengine_alone_finds():
+    with refused(ValueError, "open-mmlab://", "is read by mmengine", "trust_checkpoint=True"):
+        distiller("gfl", "open-mmlab://detectron2/resnet50_caffe")
 
 
 @each_detector
