@@ -181,13 +181,12 @@ def _warn_if_alone(adapter: nn.Module) -> None:
         return
     if not adapter.training or not torch.is_grad_enabled() or distributed.get_world_size() < 2:
         return
-    if DistributedDataParallel._active_ddp_module is None and not {"torch.distributed.fsdp", "deepspeed"} & {
-        *sys.modules
-    }:
+    others = {"torch.distributed.fsdp", "deepspeed"} & sys.modules.keys()
+    if DistributedDataParallel._active_ddp_module is None and not others:
         warnings.warn(
             "the FeatureAdapter runs outside DistributedDataParallel, so that each process trains another one: wrap "
             "student and adapter as one module, or take frs_kernels.Distiller",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

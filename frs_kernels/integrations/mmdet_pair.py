@@ -135,7 +135,8 @@ NUMPY = tuple(type(np.dtype(name)) for name in ("bool", "uint8", "uint32", "int3
 def _method(owner: Any, name: str) -> Any:
     """In the place of `getattr`, with which a pickle may reach anything."""
     if owner is not HistoryBuffer or name.startswith("_"):
-        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr({owner!r}, {name!r})")
+        of = getattr(owner, "__name__", type(owner).__name__)
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr({of}.{name})")
     return getattr(owner, name)
 
 
