@@ -1,21 +1,23 @@
-"""Write the demonstrations' committed results into the READMEs.
+"""Write committed results into the READMEs and docs.
 
     python tools/tables.py            rewrite what stands between <!-- name --> and <!-- /name -->
     python tools/tables.py --check    exit 1 if that would change a file
 
-The figures of `digits` come from examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
-to its output folder, those of `mmdet` and `frameworks` from results.json in examples/mmdet and examples/frameworks and
-from `make demo-mmdet` and `make demo-frameworks`, those of `performance`, `speed` and `targets` from
-benchmarks/results, with its plots, those of `studies` from examples/digits/studies. Nobody types them.
+    digits, teachers        examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
+    mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
+    frameworks              examples/frameworks/results.json, of `make demo-frameworks`
+    studies                 examples/digits/studies
+    speed, performance,
+    targets, ladder         benchmarks/results, with its plots
+
+Nobody types them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,158 +25,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import report
 from bench_host import TARGET, TRIVIAL
+from demo_tables import EXAMPLES, digits, frameworks, markdown, mmdet, studies, teachers
 from grid import TITLES, Case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = EXAMPLES.parent
 SHOWN = ("authors' form", "logits form", "torch.compile")
-EXAMPLES = ROOT / "examples"
-STUDIES = EXAMPLES / "digits" / "studies"
-NAMES = {"digits": "the digits", "bccd": "BCCD, 364 photographs of blood cells"}
-METRICS = ("AP", "AP50", "AP75", "small", "medium", "large")
-
-
-def number(mean: float | None, spread: float | None = None, form: str = ".1f") -> str:
-    if mean is None:
-        return ""
-    return f"{mean:{form}}" + ("" if spread is None else f" ± {spread:.1f}")
-
-
-def table(results: dict[str, Any]) -> list[str]:
-    arms = results["arms"]
-    lines = ["| | AP | AP50 | AP75 | small | medium | large | gain | ms a step |", "|---|" + "---|" * 8]
-    for arm in arms.values():
-        mean, spread, gain = arm["mean"], arm["spread"], arm.get("gain")
-        cells = [number(mean["AP"], spread["AP"]), *(number(mean[m]) for m in METRICS[1:])]
-        cells.append(number(gain["mean"], gain["spread"], "+.1f") if gain else "")
-        lines.append(f"| {arm['label'].strip()} | {' | '.join(cells)} | {mean['step_ms']:.0f} |")
-    return lines
-
-
-def reading(results: dict[str, Any]) -> list[str]:
-    """What the figures show, and what they do not."""
-    arms, data = results["arms"], results["data"]
-    seeds = len(arms["alone"]["seeds"])
-    ap = {name: arm["mean"]["AP"] for name, arm in arms.items()}
-    gain = {name: arm["gain"]["mean"] for name, arm in arms.items() if "gain" in arm}
-    ap50 = arms["ones"]["mean"]["AP50"] - arms["both"]["mean"]["AP50"]
-    small, large = data["small_medium_large_sides"]
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in results["loss_ms"].items())
-    machine, size = results["machine"], results["parameters"]
-    shown = (
-        f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {seeds} seeds; small, medium, "
-        f"large: sides under {small:g} px, between, over {large:g} px; gain over alone on the same schedule. "
-        f"{machine['cpu']}, {machine['cores']} cores; teacher {size['teacher']:,} parameters, students "
-        f"{size['student']:,}. The loss alone, forward and backward, one batch: {times}."
-    )
-    meant = (
-        f"It shows that distilling with the loss works, {gain['both']:+.1f} AP, and not more: much of the gain is "
-        f"faster convergence ({gain['both-long']:+.1f} AP on the long schedule), and an all-ones mask with the same "
-        f"weights reaches {ap['ones']:.1f} AP against {ap['both']:.1f} ({ap50:+.1f} AP50), so it does not show the "
-        "richness mask to be better than no mask."
-    )
-    return [shown, "", meant]
-
-
-def digits() -> list[str]:
-    results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
-    return [*table(results), "", *reading(results)]
-
-
-def column(how: dict[str, Any]) -> str:
-    """What an arm's weights are."""
-    if how["share"] is not None:
-        return f"gradient share {how['share']:g}"
-    return f"weights {how['feat_weight']:g}, {how['cls_weight']:g}"
-
-
-def ap(arm: dict[str, Any]) -> str:
-    return number(arm["mean"]["AP"], arm["spread"]["AP"])
-
-
-def studies() -> list[str]:
-    return [line for name in NAMES for line in study(name, json.loads((STUDIES / f"{name}.json").read_text()))]
-
-
-def study(name: str, results: dict[str, Any]) -> Iterator[str]:
-    arms = {(a["how"]["normalizer"], a["how"]["mask"], column(a["how"])): a for a in results["arms"] if a["how"]}
-    columns = list(dict.fromkeys(key[2] for key in arms))
-    rows = list(dict.fromkeys(key[:2] for key in arms))
-    settings, data, machine = results["settings"], results["data"], results["machine"]
-    alone = next(a for a in results["arms"] if a["how"] is None)
-    yield f"On {NAMES[name]}: the student alone {ap(alone)}, its teacher {results['teacher']['AP']:.1f}."
-    yield ""
-    cells = [
-        [
-            f'"{normalizer}"',
-            mask,
-            *(ap(arms[normalizer, mask, c]) if (normalizer, mask, c) in arms else "" for c in columns),
-        ]
-        for normalizer, mask in rows
-    ]
-    yield from markdown(["`normalizer`", "mask", *columns], cells)
-    yield ""
-    yield (
-        f"COCO AP on {data['pictures']['val']} pictures after {settings['student_iterations']} iterations, mean ± "
-        f"standard deviation over {len(settings['seeds'])} seeds. {machine['cpu']}, {machine['cores']} cores."
-    )
-    yield ""
-    first = columns[0]
-    levels = range(len(arms[(*rows[0], first)]["pull"]["feat"]))
-    yield f"What the terms' gradients are of the rest's, a level, at {first}, the richness as mask:"
-    yield ""
-    shares = [
-        [f'"{key[0]}"', term, *(f"{shown['pull'][pull][i] / shown['pull'][f'{pull} rest'][i]:.2f}" for i in levels)]
-        for key, shown in arms.items()
-        if key[1:] == ("richness", first)
-        for pull, term in (("feat", "features, at the neck's output"), ("cls", "logits"))
-    ]
-    yield from markdown(["`normalizer`", "term", *(f"stride {8 << i}" for i in levels)], shares)
-    yield ""
-
-
-def mmdet() -> list[str]:
-    results = json.loads((EXAMPLES / "mmdet" / "results.json").read_text())
-    arms, settings, machine = results["arms"], results["settings"], results["machine"]
-    lines = ["| | AP | AP50 | AP75 | gain | parameters | ms a step |", "|---|" + "---|" * 6]
-    for name, arm in arms.items():
-        gain = "" if name in ("teacher", "alone") else f"{arm['mean']['AP'] - arms['alone']['mean']['AP']:+.1f}"
-        cells = [number(arm["mean"]["AP"], arm["spread"]), *(number(arm["mean"][m]) for m in ("AP50", "AP75")), gain]
-        lines.append(f"| {arm['label']} | {' | '.join(cells)} | {arm['parameters']:,} | {arm['step_ms']:.0f} |")
-    seeds = len(settings["seeds"])
-    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    shown = (
-        f"{results['detector'].upper()}, COCO AP on {settings['pictures']['val']} pictures after "
-        f"{settings['iterations']} iterations{spread}. {machine['cpu']}, {machine['threads']} threads, "
-        f"onedl-mmdetection {results['versions']['onedl-mmdetection']}, torch {results['versions']['torch']}."
-    )
-    return [*lines, "", shown]
-
-
-def frameworks() -> list[str]:
-    """Teacher, student alone and distilled, of each framework."""
-    results = json.loads((EXAMPLES / "frameworks" / "results.json").read_text())
-    columns = ("", "", "AP", "AP50", "AP75", "gain", "parameters", "ms a step")
-    body = []
-    for name, found in results["frameworks"].items():
-        arms, first = found["arms"], f"{name}, {found['detector']}"
-        for arm, row in arms.items():
-            ap, ms = row["mean"]["AP"], row["step_ms"]
-            gain = "" if arm in ("teacher", "alone") else f"{ap - arms['alone']['mean']['AP']:+.1f}"
-            cells = [number(ap, row["spread"]), *(number(row["mean"][m]) for m in ("AP50", "AP75")), gain]
-            cells += [f"{row['parameters']:,}", "" if ms is None else f"{ms:.0f}"]
-            body.append([first, row["label"], *cells])
-            first = ""
-    machine, versions, count = results["machine"], results["versions"], len(results["seeds"])
-    shared = ", while other programs ran" if machine["shared"] else ""
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    shown = (
-        f"COCO AP on {results['pictures']['val']} pictures, mean ± standard deviation over {count} seeds. A step: a "
-        f"whole training step of {results['batch']} pictures, the arms in turn{shared}; medians. {machine['cpu']} with "
-        f"{machine['capability']}, {machine['cores']} cores, {threads} a process, "
-        f"torch {versions['torch']}, torchvision {versions['torchvision']}, ultralytics "
-        f"{versions['ultralytics']}."
-    )
-    return [*markdown(columns, body), "", shown]
 
 
 def devices() -> list[Path]:
@@ -192,13 +47,25 @@ def heading(record: dict[str, Any]) -> str:
     )
 
 
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table, without the columns that have no cell: a CPU has no model."""
-    body = list(rows)
-    kept = [i for i in range(len(columns)) if any(row[i] for row in body)]
-    lines = ([row[i] for i in kept] for row in (columns, *body))
-    header, *others = (f"| {' | '.join(line)} |" for line in lines)
-    return [header, "|---" * len(kept) + "|", *others]
+def ladder() -> list[str]:
+    """A distilled step in units of the student's own, one option after another, on each machine that has it."""
+    lines = []
+    for folder in devices():
+        step = report.read(folder, "step")
+        if step is None or "teacher_bytes" not in next(iter(step["cases"][0]["arms"].values())):
+            continue
+        arms = {case["name"].partition("_r50")[0]: case["arms"] for case in step["cases"]}
+        first = next(iter(arms.values()))
+        body = []
+        for arm, row in first.items():
+            if arm in ("student alone", "teacher, forward"):
+                continue
+            ratios = [found[arm]["step"][0] / found["student alone"]["step"][0] for found in arms.values()]
+            weights = row["teacher_bytes"]
+            body.append([arm, *(f"{ratio:.2f}" for ratio in ratios), "" if weights is None else f"{weights / 1e6:.0f}"])
+        size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
+        lines += [f"{heading(step)}; {size}.", "", *markdown(("", *arms, "MB"), body), ""]
+    return lines[:-1]
 
 
 def performance() -> list[str]:
@@ -328,6 +195,8 @@ BLOCKS = {
     "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
     "studies": (studies, (ROOT / "docs" / "math.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
+    "ladder": (ladder, (ROOT / "docs" / "step-cost.md",)),
+    "teachers": (teachers, (ROOT / "docs" / "step-cost.md",)),
     "frameworks": (frameworks, (EXAMPLES / "frameworks" / "README.md",)),
 }
 
