@@ -101,7 +101,7 @@ def find_torch() -> Torch:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise Missing(
-            "the build does not see torch, whose headers it needs; install torch and build with --no-build-isolation"
+            "the build does not see torch, whose headers it needs; install torch, or leave out --no-build-isolation"
         )
     root = Path(spec.origin).parent
     facts = runpy.run_path(str(root / "version.py"))

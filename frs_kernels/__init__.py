@@ -3,10 +3,14 @@
 from frs_kernels import backends
 from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
-from frs_kernels.functional import FSRTerms, Richness, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels.functional import fsr_loss, masked_imitation_loss, richness_mask
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
+from frs_kernels.results import FSRTerms, ImitationTerms, Richness
 from frs_kernels.version import __version__
+
+frs_loss = fsr_loss
+"""Another spelling: FRS is the paper's name of the score."""
 
 __all__ = [
     "PRESETS",
@@ -15,11 +19,13 @@ __all__ = [
     "FSRLoss",
     "FSRTerms",
     "FeatureAdapter",
+    "ImitationTerms",
     "Richness",
     "Tap",
     "__version__",
     "backends",
     "check",
+    "frs_loss",
     "fsr_loss",
     "masked_imitation_loss",
     "masks",

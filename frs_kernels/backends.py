@@ -6,8 +6,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import warnings
 
 import torch
+from torch.compiler import is_compiling
 
 from frs_kernels import native
 
@@ -73,17 +75,30 @@ def _why_no_gpu() -> str | None:
 _why_no_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.cache
+def _warn_of_less(best: str, chosen: str, reason: str) -> None:
+    """Once a process; not where whoever built it left the library out."""
+    if not reason.startswith(native.LEFT_OUT):
+        warnings.warn(
+            f"backend='auto' takes {chosen!r}, which is slower than {best!r}; that is not here: {reason}", stacklevel=6
+        )
+
+
 def choose(backend: str, device_type: str) -> str:
     """The backend that `backend` stands for on this device type.
 
-    "auto" takes cuda, else triton, else torch for CUDA tensors; cpu, else torch for the rest.
+    "auto" takes cuda, else triton, else torch for CUDA tensors; cpu, else torch for the rest. Where it takes less than
+    the first, a warning says once why, and what to do.
 
     Raises:
         RuntimeError: the backend is not here; the message says why and what to do.
     """
     if backend == "auto":
         order = ("cuda", "triton", "torch") if device_type == "cuda" else ("cpu", "torch")
-        return next(name for name in order if why_not(name, device_type) is None)
+        chosen = next(name for name in order if why_not(name, device_type) is None)
+        if chosen != order[0] and device_type in native.LIBRARIES and not is_compiling():
+            _warn_of_less(order[0], chosen, str(why_not(order[0], device_type)))
+        return chosen
     reason = why_not(backend, device_type)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")

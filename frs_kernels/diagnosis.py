@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from frs_kernels import checks
-from frs_kernels.functional import Levels, Richness, plain_mask
+from frs_kernels.levels import Levels
 from frs_kernels.options import Weight
+from frs_kernels.pairs import plain_mask
+from frs_kernels.results import Richness
 
 OFTEN = 0.5
 """A teacher that sees an object at more than this part of a level's positions has seldom been understood."""

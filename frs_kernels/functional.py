@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from frs_kernels import backends, checks, native
-from frs_kernels.autograd import Call, imitation
-from frs_kernels.levels import accumulate_dtype, split_levels
+from frs_kernels import backends, checks
+from frs_kernels.levels import Levels, split_levels
 from frs_kernels.losses import LOSSES
 from frs_kernels.ops import VERBS
-from frs_kernels.options import Options, Table, Weight, make_table, make_table_once
+from frs_kernels.options import (
+    AnyLoss,
+    Backend,
+    ClsLoss,
+    FeatLoss,
+    GradMode,
+    Normalizer,
+    Options,
+    Weight,
+)
+from frs_kernels.pairs import Pair, distill, plain_mask
+from frs_kernels.results import FSRTerms, ImitationTerms, Richness
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from frs_kernels.options import Keywords
-
-Levels = Sequence[Tensor]
-
-
-class FSRTerms(NamedTuple):
-    """The loss and what it is made of. L levels; `loss`, `feat` and `cls` carry gradient, the rest does not.
-
-    loss = feat_weight * feat + cls_weight * cls. A term that was not asked for is 0.
-    """
-
-    loss: Tensor  # ()
-    feat: Tensor  # ()
-    cls: Tensor  # ()
-    feat_per_level: Tensor  # (L,), sums to feat
-    cls_per_level: Tensor  # (L,), sums to cls
-    mask: list[Tensor]  # (N, H, W) a level: the scores S_p, or the mask given
-    mass: Tensor  # (L,), M_l
-
-
-class Richness(NamedTuple):
-    """Where the teacher sees objects."""
-
-    scores: list[Tensor]  # (N, H, W) a level, in [0, 1]
-    mass: Tensor  # (L,)
+    from frs_kernels.options import Keywords, TermOptions
 
 
 @overload
@@ -94,17 +79,17 @@ def fsr_loss(
     *,
     feat_weight: Weight = 1.0,
     cls_weight: Weight = 1.0,
-    feat_loss: str = "mse",
-    cls_loss: str = "bce",
+    feat_loss: FeatLoss = "mse",
+    cls_loss: ClsLoss = "bce",
     temperature: float = 1.0,
     beta: float = 1.0,
-    normalizer: str = "mass",
+    normalizer: Normalizer = "mass",
     eps: float = 0.0,
     level_weights: Sequence[float] | None = None,
     mask: Levels | Richness | None = None,
     process_group: ProcessGroup | None = None,
-    grad_mode: str = "auto",
-    backend: str = "auto",
+    grad_mode: GradMode = "auto",
+    backend: Backend = "auto",
     return_terms: bool = False,
 ) -> Tensor | FSRTerms:
     """The Feature-Richness Score distillation loss (Du et al., NeurIPS 2021, arXiv 2111.00674, eq. 4 to 6).
@@ -163,18 +148,24 @@ def fsr_loss(
     # Class entries first: their teacher is what `score` has just read.
     pairs = []
     if student_logits is not None and teacher_logits is not None:
-        pairs.append(_Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
+        pairs.append(Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
     if student_feats is not None and teacher_feats is not None:
-        pairs.append(_Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
+        pairs.append(Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
 
     def check() -> None:
         checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, scores)
         checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
 
-    return _distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
+    found = distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
+    if isinstance(found, Tensor):
+        return found
+    zero = found.mass.new_zeros(()), found.mass.new_zeros(len(found.mask))
+    feat, feat_per_level = found.parts.get("feat_weight", zero)
+    cls, cls_per_level = found.parts.get("cls_weight", zero)
+    return FSRTerms(found.loss, feat, cls, feat_per_level, cls_per_level, found.mask, found.mass)
 
 
-def richness_mask(teacher_logits: Levels, *, backend: str = "auto") -> Richness:
+def richness_mask(teacher_logits: Levels, *, backend: Backend = "auto") -> Richness:
     """Where to imitate: S_p = max_k sigmoid(z_pk) and each level's mass M_l = sum_p S_p (arXiv 2111.00674, eq. 3).
 
     Args:
@@ -195,22 +186,62 @@ def richness_mask(teacher_logits: Levels, *, backend: str = "auto") -> Richness:
     return Richness(split_levels(scores, teacher_logits), mass)
 
 
+@overload
 def masked_imitation_loss(
     student: Levels,
     teacher: Levels,
     mask: Levels | Richness,
     *,
-    loss: str = "mse",
+    loss: AnyLoss = ...,
+    weight: Weight = ...,
+    return_terms: Literal[False] = ...,
+    **options: Unpack[TermOptions],
+) -> Tensor: ...
+
+
+@overload
+def masked_imitation_loss(
+    student: Levels,
+    teacher: Levels,
+    mask: Levels | Richness,
+    *,
+    loss: AnyLoss = ...,
+    weight: Weight = ...,
+    return_terms: Literal[True],
+    **options: Unpack[TermOptions],
+) -> ImitationTerms: ...
+
+
+@overload
+def masked_imitation_loss(
+    student: Levels,
+    teacher: Levels,
+    mask: Levels | Richness,
+    *,
+    loss: AnyLoss = ...,
+    weight: Weight = ...,
+    return_terms: bool,
+    **options: Unpack[TermOptions],
+) -> Tensor | ImitationTerms: ...
+
+
+def masked_imitation_loss(
+    student: Levels,
+    teacher: Levels,
+    mask: Levels | Richness,
+    *,
+    loss: AnyLoss = "mse",
     weight: Weight = 1.0,
     temperature: float = 1.0,
     beta: float = 1.0,
-    normalizer: str = "mass",
+    normalizer: Normalizer = "mass",
     eps: float = 0.0,
     level_weights: Sequence[float] | None = None,
     process_group: ProcessGroup | None = None,
-    grad_mode: str = "auto",
-    backend: str = "auto",
-) -> Tensor:
+    grad_mode: GradMode = "auto",
+    backend: Backend = "auto",
+    return_terms: bool = False,
+) -> Tensor | ImitationTerms:
     """One imitation term under any mask: weight * sum_l w_l / M_l sum_p mask_p sum_c value(student_pc, teacher_pc).
 
     Args:
@@ -218,6 +249,7 @@ def masked_imitation_loss(
         mask: as in `fsr_loss`; M_l is the sum of a level's.
         loss: "mse", "l1" or "smooth_l1" on any features; "bce" or "kl" on logits.
         weight: multiplies the loss; a number or a 0-dim tensor.
+        return_terms: return `ImitationTerms` instead of the loss.
 
     The other arguments, what is returned and what is raised are as for `fsr_loss`.
     """
@@ -228,164 +260,14 @@ def masked_imitation_loss(
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
         grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
-    pairs = [_Pair("weight", loss, weight, student, teacher)]
+    pairs = [Pair("weight", loss, weight, student, teacher)]
 
     def check() -> None:
         checks.check_imitation(student, teacher, scores, takes_logits=LOSSES[loss].takes_logits)
         checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
 
-    result = _distill(pairs, options, check, scores, None, process_group, False)
-    assert isinstance(result, Tensor)
-    return result
-
-
-class _Pair(NamedTuple):
-    """A term: a student and the teacher it imitates."""
-
-    weight_name: str
-    loss: str
-    weight: Weight
-    student: Levels
-    teacher: Levels
-
-
-def _distill(
-    pairs: Sequence[_Pair],
-    options: Options,
-    check: Callable[[], None],
-    mask: Levels | None,
-    teacher_logits: Levels | None,
-    process_group: ProcessGroup | None,
-    return_terms: bool,
-) -> Tensor | FSRTerms:
-    """Imitate each pair.
-
-    `check` says in the user's words what is wrong with the arguments. On small levels it takes as long as all the rest,
-    so where a native operator checks all of it as well, it runs only if something was refused.
-    """
-    checks.check_transforms()
-    if process_group is not None:
-        checks.check_group(process_group)
-    levels = len(pairs[0].teacher) if type(pairs[0].teacher) in (list, tuple) else -1
-    plain = True
-    for pair in pairs:
-        for given in (pair.student, pair.teacher):
-            plain = plain and type(given) in (list, tuple) and len(given) == levels
-    rare = mask is not None or process_group is not None or options.level_weights is not None
-    if rare or not plain or is_compiling():
-        check()
-        return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms)
-    try:
-        return _imitate_pairs(pairs, options, check, mask, teacher_logits, process_group, return_terms)
-    except Exception:
-        check()
-        raise
-
-
-def _imitate_pairs(
-    pairs: Sequence[_Pair],
-    options: Options,
-    check: Callable[[], None] | None,
-    mask: Levels | None,
-    teacher_logits: Levels | None,
-    process_group: ProcessGroup | None,
-    return_terms: bool,
-) -> Tensor | FSRTerms:
-    """`check` is None where it has run."""
-    like = pairs[0].teacher
-    device = like[0].device
-    backend = backends.choose(options.backend, device.type)
-    if check is not None and backend not in native.LIBRARIES:
-        check()
-    student: list[Tensor] = []
-    teacher: list[Tensor] = []
-    weight: list[float] = []
-    factor: list[Tensor | None] = []
-    modes: list[str] = []
-    for pair in pairs:
-        checks.check_weight(pair.weight_name, pair.weight, device)
-        if isinstance(pair.weight, Tensor):
-            weight.append(1.0)
-            factor.append(pair.weight.detach())
-        else:
-            weight.append(float(pair.weight))
-            factor.append(None)
-        modes.append(_grad_mode(pair, options.grad_mode, return_terms))
-        student += pair.student
-        teacher += pair.teacher
-    if torch.is_grad_enabled() and all(mode == "none" for mode in modes):
-        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
-    scores = norm = None
-    if mask is not None:
-        scores, norm = _given_scores(mask)
-    elif process_group is not None and teacher_logits is not None:
-        with torch.no_grad():
-            scores, norm = VERBS[backend].score(teacher_logits)
-    if process_group is not None and norm is not None:
-        norm = _average(norm, process_group)
-    logits = teacher_logits if scores is None and teacher_logits is not None else ()
-    table = _table_of(pairs, options)
-    call = Call(backend, table, teacher, logits, scores, norm, weight, factor, modes, return_terms)
-    loss, *found = imitation(call, student)
-    if not return_terms:
-        return loss
-    terms, (values, *made) = found[: len(pairs)], found[len(pairs) :]
-    scores, norm = made or (scores, norm)
-    assert scores is not None
-    assert norm is not None
-    parts = {pair.weight_name: part for pair, *part in zip(pairs, terms, values.split(len(like)), strict=True)}
-    zero = [norm.new_zeros(()), norm.new_zeros(len(like))]
-    feat, feat_per_level = parts.get("feat_weight", zero)
-    cls, cls_per_level = parts.get("cls_weight", zero)
-    return FSRTerms(loss, feat, cls, feat_per_level, cls_per_level, split_levels(scores, like), norm)
-
-
-def _table_of(pairs: Sequence[_Pair], options: Options) -> Table:
-    losses = tuple(pair.loss for pair in pairs)
-    channels: tuple[int, ...] = ()
-    if options.normalizer == "mass_channels":
-        channels = tuple(z.shape[1] for pair in pairs for z in pair.teacher)
-    make = make_table if is_compiling() else make_table_once  # Dynamo knows no cache
-    return make(options, losses, len(pairs[0].teacher), channels)
-
-
-def _grad_mode(pair: _Pair, grad_mode: str, return_terms: bool) -> str:
-    wanted = late = False
-    for x in pair.student:
-        wanted = wanted or x.requires_grad
-        # 2 w S (s - t) / M is far below the range of fp16 until the loss scale multiplies it.
-        late = late or x.dtype == torch.float16
-    if not wanted or not torch.is_grad_enabled():
-        return "none"
-    if return_terms and (isinstance(pair.weight, Tensor) or abs(pair.weight) < 1e-30):
-        return "backward"  # dividing the stored gradient by this weight would not give that of the term alone
-    if grad_mode == "auto":
-        return "backward" if late else "forward"
-    return grad_mode
-
-
-def plain_mask(mask: Any) -> Any:
-    """A list of (N, H, W) floating-point tensors, where it is one of the other forms; else what it is."""
-    if isinstance(mask, Richness):
-        return mask.scores
-    if mask is None or isinstance(mask, Tensor) or not isinstance(mask, Sequence):
-        return mask
-    return [_plain_level(m) if isinstance(m, Tensor) else m for m in mask]
-
-
-def _plain_level(mask: Tensor) -> Tensor:
-    mask = mask.squeeze(1) if mask.dim() == 4 else mask
-    return mask.float() if mask.dtype == torch.bool else mask
-
-
-def _given_scores(mask: Levels) -> tuple[Tensor, Tensor]:
-    """Scores and mass, as `score` returns them, of a mask that the caller made."""
-    dtype = accumulate_dtype(*mask)
-    levels = [m.detach().to(dtype).flatten() for m in mask]
-    return torch.cat(levels), torch.stack([m.sum() for m in levels])
-
-
-def _average(mass: Tensor, group: ProcessGroup) -> Tensor:
-    mass = mass.clone()
-    torch.distributed.all_reduce(mass, group=group)
-    return mass / torch.distributed.get_world_size(group)
+    found = distill(pairs, options, check, scores, None, process_group, return_terms)
+    if isinstance(found, Tensor):
+        return found
+    (value, per_level) = found.parts["weight"]
+    return ImitationTerms(found.loss, value, per_level, found.mask, found.mass)

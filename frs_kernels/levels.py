@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Levels = Sequence[Tensor]
+
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and scores: fp64 as soon as one tensor is fp64, else fp32."""

@@ -13,8 +13,10 @@ from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
 from frs_kernels import checks
-from frs_kernels.functional import FSRTerms, Levels, Richness, fsr_loss
+from frs_kernels.functional import fsr_loss
+from frs_kernels.levels import Levels
 from frs_kernels.options import Options, Weight
+from frs_kernels.results import FSRTerms, Richness
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,8 +88,12 @@ class FSRLoss(nn.Module):
         self._group = _Group(group)
 
     def extra_repr(self) -> str:
-        shown = {"feat_weight": self.feat_weight, "cls_weight": self.cls_weight, **self.options._asdict()}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        """The weights, and every option that is not its default."""
+        usual = Options()._asdict() | {"process_group": None, "return_terms": False}
+        given = self.options._asdict() | {"process_group": self.process_group, "return_terms": self.return_terms}
+        shown = {name: value for name, value in given.items() if value != usual[name]}
+        weights = {"feat_weight": self.feat_weight, "cls_weight": self.cls_weight}
+        return ", ".join(f"{name}={value!r}" for name, value in (weights | shown).items())
 
 
 class _Group:

@@ -16,7 +16,9 @@ LIBRARIES = ("cpu", "cuda")
 OLDEST_TORCH = (2, 10)
 
 _FOLDER = Path(__file__).parent / "lib"
-_REINSTALL = "reinstall from the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
+_REINSTALL = "reinstall from the source folder: pip install --force-reinstall --no-deps ."
+LEFT_OUT = "it was left out of the build"
+"""How setup.py's reason begins where FRS_BUILD said so."""
 
 
 def _read_record() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -17,24 +17,41 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Weight = float | Tensor
+FeatLoss = Literal["mse", "l1", "smooth_l1"]
+ClsLoss = Literal["bce", "kl"]
+AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl"]
+Normalizer = Literal["mass", "mass_channels", "total_mass"]
+GradMode = Literal["auto", "forward", "backward"]
+Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 
 
-class LossOptions(TypedDict, total=False):
-    """The keywords that `fsr_loss` and `FSRLoss` share; `fsr_loss` says what they mean."""
+class AllOptions(TypedDict, total=False):
+    """The keywords of every loss; `fsr_loss` says what they mean."""
 
-    feat_loss: str
-    cls_loss: str
     temperature: float
     beta: float
-    normalizer: str
+    normalizer: Normalizer
     eps: float
     level_weights: Sequence[float] | None
-    grad_mode: str
-    backend: str
+    grad_mode: GradMode
+    backend: Backend
+
+
+class LossOptions(AllOptions, total=False):
+    """Those that `fsr_loss` and `FSRLoss` share."""
+
+    feat_loss: FeatLoss
+    cls_loss: ClsLoss
+
+
+class TermOptions(AllOptions, total=False):
+    """Those of `masked_imitation_loss`."""
+
+    process_group: ProcessGroup | None
 
 
 class Keywords(LossOptions, total=False):
-    """Those, and the ones that are tensors or live with the process."""
+    """All of `fsr_loss`."""
 
     feat_weight: Weight
     cls_weight: Weight
@@ -44,15 +61,15 @@ class Keywords(LossOptions, total=False):
 class Options(NamedTuple):
     """`LossOptions`, checked."""
 
-    feat_loss: str = "mse"
-    cls_loss: str = "bce"
+    feat_loss: FeatLoss = "mse"
+    cls_loss: ClsLoss = "bce"
     temperature: float = 1.0
     beta: float = 1.0
-    normalizer: str = "mass"
+    normalizer: Normalizer = "mass"
     eps: float = 0.0
     level_weights: tuple[float, ...] | None = None
-    grad_mode: str = "auto"
-    backend: str = "auto"
+    grad_mode: GradMode = "auto"
+    backend: Backend = "auto"
 
     @staticmethod
     def of(**options: Unpack[LossOptions]) -> Options:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypedDict, cast
 
+from frs_kernels.options import Normalizer
+
 
 class Preset(TypedDict, total=False):
     feat_weight: float
     cls_weight: float
-    normalizer: str
+    normalizer: Normalizer
     eps: float
 
 

@@ -39,7 +39,7 @@ def test_without_libraries_the_wheel_is_pure_and_says_what_is_missing(sources):
     assert not list(folder.rglob("*.so"))
     lines = report(folder)
     assert "not available: it was left out of the build; set FRS_BUILD=auto" in lines["cpu"]
-    assert "pip install --no-build-isolation" in lines["cpu"]
+    assert "pip install --force-reinstall" in lines["cpu"]
     assert "backend='auto' takes 'torch' for cpu" in " ".join(lines.values())
     out = run(sys.executable, "-c", STEP, cwd=sources.parent, PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES="")
     names, files = zip(*(line.split() for line in out.splitlines()), strict=True)
@@ -82,8 +82,32 @@ def test_without_a_compiler_the_package_installs_and_says_how_to_get_one(sources
     assert "missing" in record["cpu"]
     assert "missing" in record["cuda"]
     line = report(folder)["cpu"]
-    for word in ("not available", "no C++ compiler", "install g++ 11", "pip install --no-build-isolation"):
+    for word in ("not available", "no C++ compiler", "install g++ 11", "pip install --force-reinstall"):
         assert word in line
+
+
+def test_the_first_call_warns_once_where_it_takes_less_than_it_should(sources, tmp_path):
+    """Not where whoever built it left the library out."""
+    code = (
+        "import torch, warnings\n"
+        "from frs_kernels import fsr_loss\n"
+        "x = [torch.zeros(1, 2, 3, 4, requires_grad=True)]\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warnings.simplefilter('always')\n"
+        "    fsr_loss(x, x, x, x), fsr_loss(x, x, x, x), fsr_loss(x, x, x, x, backend='torch')\n"
+        "print(*(f'{w.filename} {w.message}' for w in found), sep='\\n')"
+    )
+    assert try_to_build(sources, **nothing_on_the_path(tmp_path)).returncode == 0
+    folder, _ = unpack(sources)
+    lines = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(folder)).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("<string> backend='auto' takes 'torch', which is slower than 'cpu'; that is not here: ")
+    for word in ("no C++ compiler", "install g++ 11", "pip install --force-reinstall"):
+        assert word in lines[0]
+    record = folder / "frs_kernels/lib/build.json"
+    left_out = "it was left out of the build; set FRS_BUILD=auto instead of none"
+    record.write_text(json.dumps({"cpu": {"missing": left_out}}))
+    assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(folder)).strip() == ""
 
 
 def test_what_was_built_before_does_not_stay(sources, tmp_path):

@@ -33,7 +33,9 @@ def test_every_link_leads_somewhere():
 def test_the_loop_of_the_readme_is_the_call_beside_it():
     call, loop = BLOCKS[0], BLOCKS[1]
     torch.manual_seed(0)
-    feats, logits = ([[torch.randn(2, c, h, h) for h in (6, 3)] for _ in range(2)] for c in (5, 4))
+    feats, logits = (
+        [[torch.randn(2, c, h, h, requires_grad=student) for h in (6, 3)] for student in (True, False)] for c in (5, 4)
+    )
     names = {
         "F": torch.nn.functional, "torch": torch, "student_feats": feats[0], "teacher_feats": feats[1],
         "student_logits": logits[0], "teacher_logits": logits[1],

@@ -34,7 +34,7 @@ TINY = ((2, 2, 3), (2, 1, 1))
 SNIPPET = """
 import torch
 from typing_extensions import assert_type
-from frs_kernels import PRESETS, FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels import PRESETS, FSRLoss, FSRTerms, ImitationTerms, fsr_loss, masked_imitation_loss, richness_mask
 
 x = [torch.zeros(1, 2, 3, 4)]
 flag = bool(x)
@@ -43,6 +43,9 @@ assert_type(fsr_loss(x, x, x, x, return_terms=False), torch.Tensor)
 assert_type(fsr_loss(x, x, None, x, return_terms=True), FSRTerms)
 assert_type(fsr_loss(None, None, x, x, return_terms=flag), torch.Tensor | FSRTerms)
 assert_type(masked_imitation_loss(x, x, [torch.zeros(1, 3, 4)], weight=torch.ones(())), torch.Tensor)
+m = richness_mask(x)
+assert_type(masked_imitation_loss(x, x, m, loss="kl", return_terms=True), ImitationTerms)
+assert_type(masked_imitation_loss(x, x, m, return_terms=flag), torch.Tensor | ImitationTerms)
 assert_type(richness_mask(x).scores, list[torch.Tensor])
 assert_type(fsr_loss(x, x, x, x, **PRESETS["gfl"]), torch.Tensor)
 assert_type(fsr_loss(x, x, x, x, feat_loss="smooth_l1", beta=0.5, return_terms=True), FSRTerms)
@@ -51,7 +54,8 @@ fsr_loss(x, x, x, x, unknown=1)  # type: ignore[call-overload]
 fsr_loss(x, x, x, x, 1.0)  # type: ignore[call-overload]
 fsr_loss(x, x, x, x, beta="1")  # type: ignore[call-overload]
 FSRLoss(feat_loss=1)  # type: ignore[arg-type]
-masked_imitation_loss(x, x)  # type: ignore[call-arg]
+fsr_loss(x, x, x, x, cls_loss="focal")  # type: ignore[call-overload]
+masked_imitation_loss(x, x)  # type: ignore[call-overload]
 """
 
 
@@ -174,6 +178,29 @@ def test_a_modules_weight_is_its_own():
     assert weight == 0.5
 
 
+@each_backend
+@pytest.mark.parametrize("weight", [0.3, torch.tensor(0.7)], ids=str)
+def test_what_one_term_is_made_of(rng, backend, device, weight):
+    p = pyramid(rng, device=device)
+    weight = weight.to(device) if isinstance(weight, torch.Tensor) else weight
+    mask = richness_mask(p.z, backend=backend)
+    options = {"loss": "kl", "weight": weight, "backend": backend}
+    terms = masked_imitation_loss(p.x, p.z, mask, return_terms=True, **options)
+    assert torch.equal(terms.loss, masked_imitation_loss(p.x, p.z, mask, **options))
+    bound = 4 * torch.finfo(torch.float32).eps
+    assert relative(weight * terms.value, terms.loss) <= bound
+    assert relative(terms.per_level.sum(), terms.value) <= bound
+    assert all(map(torch.equal, terms.mask, mask.scores))
+    assert relative(terms.mass, mask.mass) <= bound
+    right = torch.autograd.grad(masked_imitation_loss(p.x, p.z, mask, **options | {"weight": 1.0}), p.x)
+    for a, b in zip(torch.autograd.grad(terms.value, p.x), right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_spelling():
+    assert frs_kernels.frs_loss is frs_kernels.fsr_loss
+
+
 def test_a_module_gives_what_the_function_gives(rng):
     p = pyramid(rng, sizes=TINY)
     options = {
@@ -192,10 +219,13 @@ def test_a_module_gives_what_the_function_gives(rng):
 
 
 def test_a_modules_repr_shows_its_options():
-    text = repr(FSRLoss(0.1, 0.05, cls_loss="kl", feat_loss="smooth_l1", beta=0.5, backend="torch"))
-    shown = ("feat_weight=0.1", "cls_weight=0.05", "cls_loss='kl'", "temperature=1.0", "backend='torch'")
-    for part in (*shown, "feat_loss='smooth_l1'", "beta=0.5"):
-        assert part in text
+    """The weights, and what is not the default."""
+    assert repr(FSRLoss(0.1, 0.05)) == "FSRLoss(feat_weight=0.1, cls_weight=0.05)"
+    made = FSRLoss(0.1, 1.0, cls_loss="kl", feat_loss="smooth_l1", beta=0.5, backend="torch", return_terms=True)
+    assert repr(made) == (
+        "FSRLoss(feat_weight=0.1, cls_weight=1.0, feat_loss='smooth_l1', cls_loss='kl', beta=0.5, backend='torch', "
+        "return_terms=True)"
+    )
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

@@ -9,8 +9,9 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
-from building import HAS_NVCC, STEP, TORCH, needs_compiler, needs_sources, run
+from building import HAS_NVCC, STEP, TORCH, command, needs_compiler, needs_sources, run
 
 from frs_kernels import version
 
@@ -49,6 +50,33 @@ def test_the_wheel_runs_the_loss_where_it_is_installed(wheel, tmp_path):
     assert {"cpu", "torch", "auto"} <= set(names)
     if torch.cuda.is_available() and HAS_NVCC:
         assert "cuda" in names
+
+
+@needs_compiler
+def test_a_plain_pip_install_builds_the_library(sources, tmp_path):
+    """Isolated, as pip does by default: the torch of the build is another than the one that the library runs with."""
+    found = command(
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "-d",
+        tmp_path,
+        f"torch=={torch.__version__}",
+        cwd=tmp_path,
+    )
+    if found.returncode:
+        pytest.skip(f"pip finds no torch=={torch.__version__}")
+    (tmp_path / "constraints.txt").write_text(f"torch=={torch.__version__}\n")
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", sources]
+    limits = {
+        "PIP_CONSTRAINT": str(tmp_path / "constraints.txt"),
+        "PIP_BUILD_CONSTRAINT": str(tmp_path / "constraints.txt"),
+    }
+    run(sys.executable, *pip, cwd=tmp_path, FRS_BUILD="cpu", **limits)
+    lines = run(sys.executable, "-c", STEP, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert {f"{name} {tmp_path}/site/frs_kernels/__init__.py" for name in ("cpu", "torch", "auto")} <= set(lines)
 
 
 def test_the_source_distribution_can_be_built_from(sources):

@@ -15,9 +15,10 @@ from frs_kernels import checks
 from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.teacher import fast_dtype, fast_teacher
-from frs_kernels.functional import FSRTerms, fsr_loss
+from frs_kernels.functional import fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
+from frs_kernels.results import FSRTerms
 
 Levels = Sequence[Tensor]
 UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
