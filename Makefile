@@ -37,9 +37,11 @@ lint: install
 	$(BIN)/mypy
 
 # The folders that setuptools assembles a wheel in keep what has since been deleted from the sources.
+# auditwheel tells from the symbols which glibc the wheel asks for, and names it so; torch brings its own libraries.
 wheel: install
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 bench: install
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)

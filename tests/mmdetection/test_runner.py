@@ -118,9 +118,11 @@ def tool(script: str, *arguments: str, cwd: Path, options: list[str], launch: tu
     """Run one of the scripts that come with mmdetection, and return what it said."""
     path = Path(mmdet.__file__).parent / ".mim" / "tools" / script
     if launch:
-        # mmengine's launcher names the GPU that a process takes, even where there is none.
+        # mmengine's launcher names the GPU that a process takes, even where there is none. The group is ended: a thread
+        # of gloo's that outlives the interpreter aborts the process.
         code = (
             f"import runpy, torch\ntorch.cuda.set_device = print\nrunpy.run_path({str(path)!r}, run_name='__main__')\n"
+            "torch.distributed.destroy_process_group()\n"
         )
         path = cwd / script
         path.write_text(code)
@@ -237,7 +239,7 @@ def test_two_processes_with_mmdets_launcher(data, tmp_path, teacher_file):
         "default_hooks.logger.interval=1", "param_scheduler.1.end=60", "model.warmup=2",
         "model_wrapper_cfg.device_ids=None",
     ]  # fmt: skip
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")  # a free port
     output = tool(
         "train.py", str(CONFIGS / "digits" / "gfl_distil.py"), "--launcher", "pytorch", "--work-dir", str(tmp_path),
         cwd=tmp_path, options=options, launch=launch,
