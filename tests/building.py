@@ -58,9 +58,9 @@ def run(*arguments: object, cwd: Path, **changes: str | None) -> str:
 def copy(sources: Path, to: Path) -> Path:
     """What a build needs, and what it has compiled before, so that it takes seconds."""
     to.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(sources / name, to)
-    for name in ("csrc", "frs_kernels", "build/native"):
+    for name in ("csrc", "frs_kernels", "build/native", "tests", "examples"):
         if (sources / name).exists():
             shutil.copytree(sources / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
     return to

@@ -88,3 +88,15 @@ def test_the_source_distribution_can_be_built_from(sources):
     expected = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
     assert expected | {"setup.py", "pyproject.toml", "frs_kernels/native.py"} <= files
     assert not {name for name in files if name.startswith(("frs_kernels/lib", "build"))}
+    assert {"CHANGELOG.md", "CITATION.cff", "tests/conftest.py", "examples/digits/__main__.py"} <= files
+    collect = (
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_errors.py",
+        "tests/test_demo_digits.py",
+    )
+    assert "error" not in run(sys.executable, *collect, cwd=root, PYTHONPATH=str(root)).lower().splitlines()[-1]

@@ -53,7 +53,8 @@ def reading(results: dict[str, Any]) -> list[str]:
         f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {seeds} seeds; small, medium, "
         f"large: sides under {small:g} px, between, over {large:g} px; gain over alone on the same schedule. "
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} used"
-        f"{', while other programs ran' if machine.get('shared') else ''}; teacher {size['teacher']:,} parameters, students "
+        f"{', while other programs ran' if machine.get('shared') else ''}; "
+        f"teacher {size['teacher']:,} parameters, students "
         f"{size['student']:,}. The loss alone, forward and backward, one batch: {times}."
     )
     meant = (
