@@ -84,7 +84,7 @@ bool takes_logits(Loss loss) {
   return takes;
 }
 
-// The columns of the table of entries and terms, as frs_kernels/reference.py describes them.
+// The columns of the table of entries and terms, as frs_kernels/reference.py describes them; empty ones are the usual.
 struct Columns {
   const std::vector<int64_t>&level, &term;
   const std::vector<double>&scale, &eps;
@@ -94,13 +94,16 @@ struct Columns {
   const std::vector<double>&temperature, &beta;
   const std::vector<bool>& want_grad;
   const bool want_loss, joint;
+
+  // Level and term are not given: the entries are every term's levels in turn.
+  bool in_turn() const { return level.empty() && term.empty(); }
 };
 
 // The arguments of an imitate and where its results go. Everything is checked before anything is allocated.
 struct Imitation {
-  // `logits`: the levels, where the operator is given them; else they are what the entries say.
-  Imitation(const char* verb, const Tensors& students, const Tensors& teachers, const Columns& columns,
-            const Levels* logits)
+  // `logits`: the levels of a distill, or empty for the first term's teachers, which are then put there; else the
+  // levels are what the entries say.
+  Imitation(const char* verb, const Tensors& students, const Tensors& teachers, const Columns& columns, Levels* logits)
       : verb(verb),
         count(students.size()),
         want_loss(columns.want_loss),
@@ -116,7 +119,14 @@ struct Imitation {
       require_device({verb, "teacher", i, teacher[i]}, student[0]);
     }
     set_terms(columns);
-    set_entries(columns, logits);
+    const size_t turns = count / terms.size();
+    require(!columns.in_turn() || count == turns * terms.size(), verb, ": without level and term, ", count,
+            " entries must be the same levels for ", terms.size(), " terms");
+    if (logits && logits->empty()) {
+      require(columns.in_turn(), verb, ": logits is empty; it needs (N, C, H, W) tensors, one a level");
+      logits->assign(teacher.begin(), teacher.begin() + turns);
+    }
+    set_entries(columns, logits, turns);
   }
 
   // The masks must be there in full: `scores` has a number a position, `norm` one a level.
@@ -206,10 +216,13 @@ struct Imitation {
     require(any, verb, ": nothing is wanted: set want_loss, want_grad or both");
   }
 
-  void set_entries(const Columns& columns, const Levels* logits) {
-    require(columns.level.size() == count && columns.term.size() == count && columns.scale.size() == count &&
-                columns.eps.size() == count,
+  void set_entries(const Columns& columns, const Levels* logits, size_t turns) {
+    const auto fits = [&](const auto& column) { return column.empty() || column.size() == count; };
+    require((columns.in_turn() || (columns.level.size() == count && columns.term.size() == count)) &&
+                fits(columns.scale) && fits(columns.eps),
             verb, ": level, term, scale and eps must have an element an entry, as student has: ", count);
+    const auto level_at = [&](size_t i) { return columns.in_turn() ? int64_t(i % turns) : columns.level[i]; };
+    const auto term_at = [&](size_t i) { return columns.in_turn() ? int64_t(i / turns) : columns.term[i]; };
     std::vector<const Given*> of_level(logits ? logits->size() : count);
     std::vector<bool> has_entry(of_level.size()), term_has(terms.size());
     if (logits)
@@ -217,14 +230,14 @@ struct Imitation {
     for (size_t i = 0; i < count; ++i) {
       const Given& s = student[i];
       const Name name{verb, "student", i, s};
-      const int64_t level = columns.level[i], term = columns.term[i];
+      const int64_t level = level_at(i), term = term_at(i);
       require(level >= 0 && level < static_cast<int64_t>(of_level.size()), name, ": there is no level ", level);
       require(term >= 0 && term < static_cast<int64_t>(terms.size()), name, ": there is no term ", term);
       const Given*& of = of_level[level];
       if (of == nullptr) of = &s;
       has_entry[level] = term_has[term] = true;
-      const bool fits = s.size[0] == of->size[0] && s.size[2] == of->size[2] && s.size[3] == of->size[3];
-      require(fits, name, " differs in N, H or W from level ", level, ", ", *of);
+      const bool same = s.size[0] == of->size[0] && s.size[2] == of->size[2] && s.size[3] == of->size[3];
+      require(same, name, " differs in N, H or W from level ", level, ", ", *of);
     }
     while (!logits && !of_level.empty() && of_level.back() == nullptr) of_level.pop_back();
     std::vector<int64_t> first(of_level.size());
@@ -237,8 +250,9 @@ struct Imitation {
     for (size_t t = 0; t < terms.size(); ++t) require(term_has[t], verb, ": term ", t, " has no entry");
     entries.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      const int64_t level = columns.level[i];
-      entries.push_back({level_of(student[i], first[level]), level, columns.term[i], columns.scale[i], columns.eps[i]});
+      const int64_t level = level_at(i);
+      const double scale = columns.scale.empty() ? 1 : columns.scale[i], eps = columns.eps.empty() ? 0 : columns.eps[i];
+      entries.push_back({level_of(student[i], first[level]), level, term_at(i), scale, eps});
     }
   }
 };
@@ -268,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> distill_op(
     const std::vector<std::string>& loss, const std::vector<double>& weight,
     const std::vector<std::optional<Tensor>>& factor, const std::vector<double>& temperature,
     const std::vector<double>& beta, const std::vector<bool>& want_grad, bool want_loss, bool joint) {
-  const Levels levels = checked_levels("distill", "logits", logits);
+  Levels levels = logits.empty() ? Levels{} : checked_levels("distill", "logits", logits);
   const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss, joint};
   Imitation imitation("distill", student, teacher, columns, &levels);
   const Given& like = imitation.student[0];

@@ -17,7 +17,8 @@ from frs_kernels.options import Table
 class Call(NamedTuple):
     """What a call is made of beside the student's tensors, which come in the order of the table's entries.
 
-    T terms. Either logits, from which scores and norm are made, or scores and norm.
+    T terms. Either logits, from which scores and norm are made, or scores and norm. Empty logits: the teachers of the
+    first term.
     """
 
     backend: str
@@ -47,8 +48,8 @@ class Imitation(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, ...]:
         table, verbs = call.table, VERBS[call.backend]
         columns = (
-            table.level, table.term, table.scale, table.eps, table.loss, call.weight, call.factor,
-            table.temperature, table.beta, [mode == "forward" for mode in call.modes], True, table.joint,
+            (), (), table.scale, table.eps, table.loss, call.weight, call.factor, table.temperature,
+            table.beta, [mode == "forward" for mode in call.modes], True, table.joint,
         )  # fmt: skip
         scores, norm = call.scores, call.norm
         made: tuple[Tensor, ...] = ()
@@ -94,7 +95,7 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
     table: Table = ctx.table
     saved = _saved(ctx)
     compiling, retained = is_compiling(), _retained()
-    results: list[Tensor | None] = [None] * len(table.term)
+    results: list[Tensor | None] = [None] * table.entries[-1].stop
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
     late: list[_Late] = []
     kept, first = saved["grads"], 0
@@ -169,19 +170,18 @@ def _imitate_late(ctx: Any, saved: dict[str, Sequence[Any]], late: list[_Late], 
     if not late:
         return
     table: Table = ctx.table
-    number_of = {term.term: t for t, term in enumerate(late)}
     stored = [e for t, entries in enumerate(table.entries) if ctx.modes[t] == "backward" for e in entries]
-    rows = [(i, e) for i, e in enumerate(stored) if table.term[e] in number_of]
+    rows = [(stored.index(e), e) for term in late for e in table.entries[term.term]]
     scores, norm = saved["scores"]
     _, _, grads = VERBS[ctx.backend].imitate(
         [saved["student"][i] for i, _ in rows],
         [saved["teacher"][i] for i, _ in rows],
         scores,
         norm,
-        [table.level[e] for _, e in rows],
-        [number_of[table.term[e]] for _, e in rows],
-        [table.scale[e] for _, e in rows],
-        [table.eps[e] for _, e in rows],
+        (),
+        (),
+        [table.scale[e] for _, e in rows] if table.scale else (),
+        [table.eps[e] for _, e in rows] if table.eps else (),
         [table.loss[term.term] for term in late],
         [term.weight for term in late],
         [term.factor for term in late],

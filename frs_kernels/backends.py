@@ -34,6 +34,8 @@ def why_not(backend: str, device_type: str) -> str | None:
         return None
     if backend in native.LIBRARIES:
         return _why_not_native(backend, device_type)
+    if torch.version.hip:
+        return "ROCm lacks what the kernels' launches ask of Triton (programmatic launches); use backend='torch'"
     if not _HAS_TRITON:
         return "Triton is not installed; on Linux, pip install triton"
     if device_type == "cuda" and not _HAS_CC and not _INTERPRET:
@@ -96,7 +98,7 @@ def choose(backend: str, device_type: str) -> str:
     if backend == "auto":
         order = ("cuda", "triton", "torch") if device_type == "cuda" else ("cpu", "torch")
         chosen = next(name for name in order if why_not(name, device_type) is None)
-        if chosen != order[0] and device_type in native.LIBRARIES and not is_compiling():
+        if chosen != order[0] and device_type in native.LIBRARIES and not torch.version.hip and not is_compiling():
             _warn_of_less(order[0], chosen, str(why_not(order[0], device_type)))
         return chosen
     reason = why_not(backend, device_type)

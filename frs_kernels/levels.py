@@ -27,6 +27,34 @@ def split_levels(scores: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(x.shape[0], *x.shape[2:]) for part, x in zip(parts, like, strict=True)]
 
 
+def entry_columns(
+    entries: int,
+    terms: int,
+    level: Sequence[int],
+    term: Sequence[int],
+    scale: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Sequence[int], Sequence[int], Sequence[float], Sequence[float]]:
+    """The entries' columns in full. Empty ones are the usual: every term's levels in turn, a scale of 1, an eps of 0.
+
+    Raises:
+        RuntimeError: the entries are no whole number of levels a term.
+    """
+    if not level and not term:
+        levels = levels_in_turn(entries, terms)
+        level = [e % levels for e in range(entries)]
+        term = [e // levels for e in range(entries)]
+    return level, term, scale or [1.0] * entries, eps or [0.0] * entries
+
+
+def levels_in_turn(entries: int, terms: int) -> int:
+    """How many levels each term has, where level and term are not given."""
+    levels, rest = divmod(entries, max(terms, 1))
+    if rest:
+        raise RuntimeError(f"without level and term, {entries} entries must be the same levels for {terms} terms")
+    return levels
+
+
 def level_slices(entries: Sequence[Tensor], level: Sequence[int], total: int) -> list[slice]:
     """Where each level's scores lie in the flat buffer of `total`, given entries of those levels.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from frs_kernels import native, reference
-from frs_kernels.levels import accumulate_dtype, positions
+from frs_kernels.levels import accumulate_dtype, entry_columns, positions
 
 _TABLE = (
     "int[] level, int[] term, float[] scale, float[] eps, str[] loss, float[] weight, Tensor?[] factor,"
@@ -81,6 +81,7 @@ def _imitate_fake(
     joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     _check_tensors(student, teacher, (scores, norm))
+    _, term, _, _ = entry_columns(len(student), len(loss), level, term, scale, eps)
     if len(term) != len(student) or not all(0 <= t < len(want_grad) for t in term):
         raise RuntimeError(
             f"term needs an element an entry, {len(student)}, each the number of one of {len(want_grad)} terms"
@@ -94,7 +95,7 @@ def _imitate_fake(
 def _distill_fake(
     student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    scores, mass = _score_fake(logits)
+    scores, mass = _score_fake(reference.logits_of(teacher, logits, table))
     return scores, mass, *_imitate_fake(student, teacher, scores, mass, *table)
 
 
@@ -118,7 +119,7 @@ def _triton_verbs() -> Verbs:
     def distill(
         student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        scores, mass = score(logits)
+        scores, mass = score(reference.logits_of(teacher, logits, table))
         return scores, mass, *imitate(student, teacher, scores, mass, *table)
 
     def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -107,12 +107,13 @@ _checked_once = functools.lru_cache(maxsize=256, typed=True)(_checked)
 
 
 class Table(NamedTuple):
-    """What of the table of entries follows from the options: `frs_kernels.reference.imitate` names its columns."""
+    """What of the table of entries follows from the options: `frs_kernels.reference.imitate` names its columns.
 
-    level: tuple[int, ...]
-    term: tuple[int, ...]
-    scale: tuple[float, ...]
-    eps: tuple[float, ...]
+    The entries are every term's levels in turn, so that level and term are left empty.
+    """
+
+    scale: tuple[float, ...]  # empty where each is 1
+    eps: tuple[float, ...]  # empty where each is 0
     loss: tuple[str, ...]
     temperature: tuple[float, ...]
     beta: tuple[float, ...]
@@ -129,11 +130,10 @@ def make_table(options: Options, losses: tuple[str, ...], levels: int, channels:
     weights = options.level_weights or (1.0,) * levels
     counts = [float(c) for c in channels] or [1.0] * (levels * len(losses))
     entries = range(levels * len(losses))
+    scale = tuple(float(weights[e % levels]) / counts[e] for e in entries)
     return Table(
-        tuple(e % levels for e in entries),
-        tuple(e // levels for e in entries),
-        tuple(float(weights[e % levels]) / counts[e] for e in entries),
-        tuple(options.eps / counts[e] for e in entries),
+        () if all(number == 1 for number in scale) else scale,
+        tuple(options.eps / counts[e] for e in entries) if options.eps else (),
         losses,
         (float(options.temperature),) * len(losses),
         (float(options.beta),) * len(losses),

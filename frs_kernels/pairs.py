@@ -113,7 +113,7 @@ def _imitate_pairs(
             scores, norm = VERBS[backend].score(teacher_logits)
     if process_group is not None and norm is not None:
         norm = _average(norm, process_group)
-    logits = teacher_logits if scores is None and teacher_logits is not None else ()
+    logits = () if scores is not None or teacher_logits is None or like is teacher_logits else teacher_logits
     table = _table_of(pairs, options)
     call = Call(backend, table, teacher, logits, scores, norm, weight, factor, modes, return_terms)
     loss, *found = imitation(call, student)

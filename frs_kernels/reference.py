@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frs_kernels.levels import accumulate_dtype, level_slices, require_entries
+from frs_kernels.levels import accumulate_dtype, entry_columns, level_slices, levels_in_turn, require_entries
 from frs_kernels.losses import LOSSES
 
 
@@ -67,8 +67,8 @@ def imitate(
         student, teacher: an (N, C, H, W) tensor an entry.
         scores: (P,) as `score` lays them out; norm: (L,), the masses.
         level, term: for each entry the level whose scores and norm it takes, and the term it belongs to. Every level
-            has an entry.
-        scale, eps: for each entry what its share is multiplied by, and what is added to its norm.
+            has an entry. Both empty: the entries are the first term's levels, then the next one's.
+        scale, eps: for each entry what its share is multiplied by, and what is added to its norm. Empty: 1 and 0.
         loss, weight, factor, temperature, beta, want_grad: for each term the name of its loss, a number, a 0-dim tensor
             (None for 1), what divides logits inside the loss (which is then multiplied by its square), the beta of
             "smooth_l1", and whether its entries' gradients are wanted.
@@ -79,6 +79,7 @@ def imitate(
         total (); values (T + E,), the terms' and then the entries'; both empty without want_loss. The gradients that
         are wanted, in the order of the entries, in the student's dtypes and strides.
     """
+    level, term, scale, eps = entry_columns(len(student), len(loss), level, term, scale, eps)
     dtype = accumulate_dtype(*student, *teacher)
     slices = level_slices(student, level, scores.shape[0])
     require_entries(term, len(loss))
@@ -164,12 +165,29 @@ def _blocks(x: Tensor, *others: Tensor | None) -> list[Any]:
     ]
 
 
+def logits_of(teacher: Sequence[Tensor], logits: Sequence[Tensor], table: Sequence[Any]) -> Sequence[Tensor]:
+    """What `distill` scores; the table's columns from level on.
+
+    Raises:
+        RuntimeError: there is nothing to score.
+    """
+    if logits:
+        return logits
+    level, term, _, _, loss = table[:5]
+    if level or term:
+        raise RuntimeError("distill: logits is empty; it needs (N, C, H, W) tensors, one a level")
+    return teacher[: levels_in_turn(len(teacher), len(loss))]
+
+
 def distill(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: object
+    student: Sequence[Tensor], teacher: Sequence[Tensor], logits: Sequence[Tensor], *table: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """`score` of the logits, then `imitate` with what it returned: scores, mass, total, values, gradients."""
-    scores, mass = score(logits)
-    return scores, mass, *imitate(student, teacher, scores, mass, *table)  # type: ignore[arg-type]
+    """`score` of the logits, then `imitate` with what it returned: scores, mass, total, values, gradients.
+
+    Without logits those are the teachers of the first term, where level and term are empty.
+    """
+    scores, mass = score(logits_of(teacher, logits, table))
+    return scores, mass, *imitate(student, teacher, scores, mass, *table)
 
 
 def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:

@@ -234,3 +234,44 @@ def test_levels_that_do_not_add_up_are_refused(rng, namespace, places, levels, m
     entries = [Entry(make.entry(p).x, make.entry(p).z, level) for p, level in zip(places, levels, strict=True)]
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops, namespace).imitate(*arguments(entries, [Term()], make.scores, make.norm))
+
+
+@each_backend
+@pytest.mark.parametrize("verb", ["imitate", "distill"])
+def test_empty_columns_are_the_usual_ones(rng, backend, device, verb):
+    """Every term's levels in turn, a scale of 1, an eps of 0; without logits, the first term's teachers are scored."""
+    maker = Maker(rng, device)
+    levels = range(len(PLACES))
+    entries = [maker.entry(level, term) for term in range(2) for level in levels]
+    terms = [Term("bce", 0.5), Term("mse", 2.0)]
+    full = arguments(entries, terms, maker.scores, maker.norm)
+    if verb == "distill":
+        full[2:4] = [[e.z for e in entries[: len(PLACES)]]]
+    first = len(full) - len(columns(entries, terms))
+    short = [*full[:first], (), (), (), (), *full[first + 4 :]]
+    if verb == "distill":
+        short[2] = []
+    right, got = (flat(getattr(VERBS[backend], verb)(*call)) for call in (full, short))
+    assert all(map(same_bits, got, right))
+    for column in range(first, first + 4):
+        other = list(short)
+        other[column] = full[column]
+        if column >= first + 2:
+            assert all(map(same_bits, flat(getattr(VERBS[backend], verb)(*other)), right))
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [t for each in results for t in (each if isinstance(each, (list, tuple)) else [each])]
+
+
+@each_backend
+def test_empty_columns_that_do_not_fit(rng, backend, device):
+    maker = Maker(rng, device)
+    entries = [maker.entry(level) for level in range(3)]
+    call = arguments(entries, [Term("mse"), Term("l1")], maker.scores, maker.norm)
+    call[4:6] = [], []
+    with pytest.raises(RuntimeError, match="without level and term, 3 entries must be the same levels for 2 terms"):
+        VERBS[backend].imitate(*call)
+    z = [e.z for e in entries]
+    with pytest.raises(RuntimeError, match="logits is empty"):
+        VERBS[backend].distill(z, z, [], *columns(entries, [Term("mse")]))

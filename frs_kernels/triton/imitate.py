@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from frs_kernels.levels import accumulate_dtype
+from frs_kernels.levels import accumulate_dtype, entry_columns
 from frs_kernels.losses import LOSSES
 from frs_kernels.triton import levels as lv
 from frs_kernels.triton.checks import check_imitate
@@ -296,6 +296,7 @@ def imitate(
     Raises:
         RuntimeError: before any launch, where the arguments do not fit each other.
     """
+    level, term, scale, eps = entry_columns(len(student), len(loss), level, term, scale, eps)
     table = Table(
         level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, norm.numel() if joint else 1
     )
