@@ -25,7 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"level_weights": [1, 0.25, 3.0]},
     {"feat_weight": 0.005, "cls_weight": 0.02},
     {"feat_weight": 0.0},
-    {"cls_weight": -1.5},
+    {"cls_weight": 1.5},
     {"feat_loss": "l1"},
     {"feat_loss": "smooth_l1"},
     {"feat_loss": "smooth_l1", "beta": 0.3, "normalizer": "mass_channels", "level_weights": [0.5, 0.0, 2]},

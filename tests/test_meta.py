@@ -16,7 +16,7 @@ import triton.language as tl
 from cases import assert_right, guarded_outputs, run, same_bits
 from truth import Pyramid, pyramid
 
-from frs_kernels import backends, richness_mask
+from frs_kernels import backends, reference, richness_mask
 from frs_kernels.ops import VERBS
 from frs_kernels.triton import imitate, levels, score, slots
 from frs_kernels.triton.pointwise import pointwise as right_pointwise
@@ -104,7 +104,7 @@ def verbs(**changed: Callable[..., Any]) -> Callable[[Patch], None]:
     """Triton's verbs with some of them changed, `distill` made of them."""
 
     def distill(student: Any, teacher: Any, logits: Any, *table: Any) -> Any:
-        scores, mass = VERBS["triton"].score(logits)
+        scores, mass = VERBS["triton"].score(reference.logits_of(teacher, logits, table))
         return scores, mass, *VERBS["triton"].imitate(student, teacher, scores, mass, *table)
 
     return lambda patch: patch.setitem(VERBS, "triton", VERBS["triton"]._replace(distill=distill, **changed))
