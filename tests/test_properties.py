@@ -118,7 +118,7 @@ def test_kl_is_never_negative_and_zero_where_they_agree(p):
 def test_smooth_l1_lies_between_its_neighbours(p, beta):
     """Below l1 by at most beta / 2 a value, and below mse / (2 beta); its slope never beyond that of l1."""
     smooth, l1, mse = (run(p.without("x"), "torch", feat_loss=loss, beta=beta) for loss in ("smooth_l1", "l1", "mse"))
-    channels = torch.tensor([s.shape[1] for s in p.s])
+    channels = torch.tensor([s.shape[1] for s in p.s], dtype=torch.float64)
     slack = 1e-13 * (l1.feat_per_level + mse.feat_per_level / beta)
     assert (smooth.feat_per_level <= l1.feat_per_level + slack).all()
     assert (smooth.feat_per_level >= l1.feat_per_level - channels * beta / 2 - slack).all()
