@@ -101,7 +101,7 @@ def fsr_loss(
         loss  = feat_weight * feat + cls_weight * cls
 
     Args:
-        student_feats, teacher_feats: lists of (N, C, H, W), one tensor a level; None for both leaves `feat` out.
+        student_feats, teacher_feats: lists of (N, C, H, W), one tensor per level; None for both leaves `feat` out.
         student_logits, teacher_logits: lists of (N, K, H, W), class logits before the sigmoid, anchors folded into K
             as the head emits them. Without student_logits `cls` is left out; teacher_logits make the mask.
             Probabilities, and a softmax with a background class, have the same shapes: `frs_kernels.check` tells.
@@ -169,7 +169,7 @@ def richness_mask(teacher_logits: Levels, *, backend: Backend = "auto") -> Richn
     """Where to imitate: S_p = max_k sigmoid(z_pk) and each level's mass M_l = sum_p S_p (arXiv 2111.00674, eq. 3).
 
     Args:
-        teacher_logits: list of (N, K, H, W) class logits, one tensor a level.
+        teacher_logits: list of (N, K, H, W) class logits, one tensor per level.
         backend: as in `fsr_loss`.
 
     Returns:
@@ -245,7 +245,7 @@ def masked_imitation_loss(
     """One imitation term under any mask: weight * sum_l w_l / M_l sum_p mask_p sum_c value(student_pc, teacher_pc).
 
     Args:
-        student, teacher: lists of (N, C, H, W), one tensor a level.
+        student, teacher: lists of (N, C, H, W), one tensor per level.
         mask: as in `fsr_loss`; M_l is the sum of a level's.
         loss: "mse", "l1" or "smooth_l1" on any features; "bce" or "kl" on logits.
         weight: multiplies the loss; a number or a 0-dim tensor.

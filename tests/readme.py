@@ -7,7 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+START = (ROOT / "docs" / "index.md").read_text()
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 
 
 def code_after(words: str, page: str = PAGE) -> str:
@@ -19,5 +24,4 @@ def code_after(words: str, page: str = PAGE) -> str:
     _, found, rest = page.partition(words)
     if not found or words in rest:
         raise ValueError(f"the page does not have {words!r} once")
-    block: str = re.findall(r"```python\n(.*?)```", rest, flags=re.DOTALL)[0]
-    return block
+    return blocks(rest)[0]

@@ -68,3 +68,20 @@ class Detector(nn.Module):
 
 def images(seed: int = 0, n: int = 2, side: int = 64) -> Tensor:
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+class Loop(nn.Module):
+    """A model as the pages' training loops have it: features, logits and, given targets, its own loss."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = Detector(channels, classes=4, returns="logits")
+        self.inner.head.box.requires_grad_(False)  # which has no loss here, and DDP would wait for its gradient
+        self.extra = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(5 - len(STRIDES)))
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> tuple[list[Tensor] | Tensor, ...]:
+        feats = self.inner.neck(x)
+        for conv in self.extra:
+            feats.append(conv(feats[-1]))
+        logits = self.inner.head(feats)
+        return (feats, logits) if targets is None else (feats, logits, sum(z.square().mean() for z in logits))

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from toy_detectors import Detector
+from toy_detectors import Detector, Loop, images
 from truth import Pyramid
 
+import frs_kernels
 from frs_kernels import Distiller, FSRLoss, fsr_loss, masked_imitation_loss
 from frs_kernels.distill import GradientShare
 
@@ -148,3 +149,31 @@ def sharded(rank: int, images: Tensor, returns: str, parts: list[str]) -> dict[s
     assert not any(isinstance(p, DTensor) for p in distiller.teacher.parameters())
     weights = [p.detach().full_tensor() for p in distiller.parameters()]
     return {"losses": losses, "grads": [g.full_tensor() for g in grads], "weights": weights}
+
+
+def names_of_the_pages(batch: Tensor) -> dict[str, Any]:
+    """What the blocks of README.md and docs/guide.md take for granted; the same weights at every call."""
+    torch.manual_seed(0)
+    student, teacher = Loop(6), Loop(9)
+    return {
+        "torch": torch, "nn": nn, **vars(frs_kernels), "student": student, "teacher": teacher.eval(), "images": batch,
+        "targets": batch, "loader": [(batch, batch)] * 2, "student_channels": 6, "teacher_channels": 9,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    }  # fmt: skip
+
+
+def run_blocks(rank: int, blocks: list[str]) -> dict[str, list[Tensor]]:
+    """Blocks of a page, one after another, on this rank's half of four images: weights and gradients afterwards."""
+    names = names_of_the_pages(images(n=2 * RANKS).chunk(RANKS)[rank])
+    for block in blocks:
+        exec(block, names)
+    found: dict[str, list[Tensor]] = {"weights": [], "grads": []}
+    for p in names["model"].parameters():
+        if p.requires_grad:
+            found["weights"].append(_whole(p.detach()))
+            found["grads"].append(torch.zeros(0) if p.grad is None else _whole(p.grad))
+    return found
+
+
+def _whole(v: Tensor) -> Tensor:
+    return v.full_tensor() if isinstance(v, DTensor) else v

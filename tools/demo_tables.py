@@ -28,8 +28,7 @@ def number(mean: float | None, spread: float | None = None, form: str = ".1f") -
     return f"{mean:{form}}" + ("" if spread is None else f" ± {spread:.1f}")
 
 
-def table(results: dict[str, Any]) -> list[str]:
-    arms = results["arms"]
+def table(arms: dict[str, Any]) -> list[str]:
     lines = ["| | AP | AP50 | AP75 | small | medium | large | gain | ms a step |", "|---|" + "---|" * 8]
     for arm in arms.values():
         mean, spread, gain = arm["mean"], arm["spread"], arm.get("gain")
@@ -39,36 +38,62 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def reading(results: dict[str, Any]) -> list[str]:
+def judged(results: dict[str, Any]) -> str:
+    """How the figures were come by."""
+    small, large = results["data"]["small_medium_large_sides"]
+    machine, size = results["machine"], results["parameters"]
+    return (
+        f"COCO AP on {results['data']['pictures']['val']} pictures, mean ± standard deviation over "
+        f"{len(results['arms']['alone']['seeds'])} seeds; small, medium, "
+        f"large: sides under {small:g} px, between, over {large:g} px; gain over alone on the same schedule. "
+        f"{processor(machine)}; teacher {size['teacher']:,} parameters, students {size['student']:,}."
+    )
+
+
+def processor(machine: dict[str, Any]) -> str:
+    shared = ", while other programs ran" if machine.get("shared") else ""
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} used{shared}"
+
+
+def meant(results: dict[str, Any]) -> str:
     """What the figures show, and what they do not."""
-    arms, data = results["arms"], results["data"]
-    seeds = len(arms["alone"]["seeds"])
+    arms = results["arms"]
     ap = {name: arm["mean"]["AP"] for name, arm in arms.items()}
     gain = {name: arm["gain"]["mean"] for name, arm in arms.items() if "gain" in arm}
     ap50 = arms["ones"]["mean"]["AP50"] - arms["both"]["mean"]["AP50"]
-    small, large = data["small_medium_large_sides"]
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in results["loss_ms"].items())
-    machine, size = results["machine"], results["parameters"]
-    shown = (
-        f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {seeds} seeds; small, medium, "
-        f"large: sides under {small:g} px, between, over {large:g} px; gain over alone on the same schedule. "
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} used"
-        f"{', while other programs ran' if machine.get('shared') else ''}; "
-        f"teacher {size['teacher']:,} parameters, students "
-        f"{size['student']:,}. The loss alone, forward and backward, one batch: {times}."
-    )
-    meant = (
+    return (
         f"It shows that distilling with the loss works, {gain['both']:+.1f} AP, and not more: much of the gain is "
         f"faster convergence ({gain['both-long']:+.1f} AP on the long schedule), and an all-ones mask with the same "
         f"weights reaches {ap['ones']:.1f} AP against {ap['both']:.1f} ({ap50:+.1f} AP50), so it does not show the "
         "richness mask to be better than no mask."
     )
-    return [shown, "", meant]
 
 
 def digits() -> list[str]:
     results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
-    return [*table(results), "", *reading(results)]
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in results["loss_ms"].items())
+    shown = f"{judged(results)} The loss alone, forward and backward, one batch: {times}."
+    return [*table(results["arms"]), "", shown, "", meant(results)]
+
+
+SHORT = ("teacher", "alone", "both", "ones")
+
+
+def digits_short() -> list[str]:
+    """Four arms; what `meant` says is of all."""
+    results = json.loads((EXAMPLES / "digits" / "results.json").read_text())
+    arms = results["arms"]
+    body = []
+    for arm in (arms[name] for name in SHORT):
+        gain = arm.get("gain")
+        cells = [number(arm["mean"]["AP"], arm["spread"]["AP"]), number(arm["mean"]["AP50"])]
+        cells.append(number(gain["mean"], gain["spread"], "+.1f") if gain else "")
+        body.append([arm["label"].strip(), *cells, f"{arm['mean']['step_ms']:.0f}"])
+    shown = (
+        f"COCO AP on {results['data']['pictures']['val']} pictures, mean ± standard deviation over "
+        f"{len(arms['alone']['seeds'])} seeds; {processor(results['machine'])}."
+    )
+    return [*markdown(("", "AP", "AP50", "gain", "ms a step"), body), "", f"{shown} {meant(results)}"]
 
 
 def column(how: dict[str, Any]) -> str:

@@ -3,14 +3,16 @@
     python tools/tables.py            rewrite what stands between <!-- name --> and <!-- /name -->
     python tools/tables.py --check    exit 1 if that would change a file
 
-    digits, teachers        examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
+    digits, digits-short,
+    teachers                examples/digits/results.json, which a run of `make demo DEMO_ARGS=--ablation` wrote
     mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
-    speed, performance,
+    speed, speed-short,
     targets, ladder         benchmarks/results, with its plots
+    measured FOLDER         all of one folder there, on a page of its own, docs/measured/FOLDER.md
 
-Nobody types them.
+Nobody types them. A block that ends in -short has some rows of the other, for README.md.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import report
 from bench_host import TARGET, TRIVIAL
-from demo_tables import EXAMPLES, digits, frameworks, markdown, mmdet, studies, teachers
+from demo_tables import EXAMPLES, digits, digits_short, frameworks, markdown, mmdet, studies, teachers
 from grid import TITLES, Case
 
 ROOT = EXAMPLES.parent
@@ -68,49 +72,44 @@ def ladder() -> list[str]:
     return lines[:-1]
 
 
-def performance() -> list[str]:
-    """All that was measured, a section a device."""
-    lines: list[str] = []
-    for folder in devices():
-        record = report.read(folder, "loss")
-        roofs = [measured["copy_bandwidth"] / 1e9 for measured in record["cases"]]
-        roof = f"a copy moved {min(roofs):.1f} to {max(roofs):.1f} GB/s, from case to case"
-        lines += [f"### {record['device']}", "", f"{heading(record)}; medians [quartiles]; {roof}.", ""]
-        place = f"../benchmarks/results/{folder.name}"
-        lines += [f"![roofline]({place}/roofline.png)", f"![ratios]({place}/ratios.png)", ""]
-        body, last = [], None
-        for case, name, cells in report.rows(record):
-            body.append(["" if case == last else case, name, *cells])
-            last = case
-        lines += [*markdown(("case", "implementation", *report.COLUMNS), body), ""]
-        if record["host"]:
-            lines += ["One position a level, fp32: what a step costs before it computes anything.", ""]
-            unit = "kernels" if record["kind"] == "cuda" else "operators"
-            columns = ("implementation", *report.HOST_COLUMNS[:-1], f"{unit} a step")
-            lines += [*markdown(columns, [(name, *cells) for name, cells in report.host_rows(record)]), ""]
-        if first := [
-            (name, f"{result['first_seconds']:.1f}")
-            for name, result in report.plain(record)[0]["implementations"].items()
-        ]:
-            lines += ["Time to the first result, with its check, of the first case.", ""]
-            lines += [*markdown(("implementation", "s"), first), ""]
-        if scaling := report.read(folder, "scaling"):
-            lines += ["How cost grows: time of a step = a + b · x, fitted.", "", f"![scaling]({place}/scaling.png)", ""]
-            fits = [
-                (x, name, f"{1e3 * line['intercept']:.2f}", f"{1e6 * line['slope']:.3g}")
-                for x, sweep in scaling["sweeps"].items()
-                for name, line in sweep["implementations"].items()
-            ]
-            lines += [*markdown(("x", "implementation", "a, ms", "b, µs"), fits), ""]
-            lines += threads(scaling.get("threads"))
-        if step := report.read(folder, "step"):
-            size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
-            lines += [f"A whole training step of mmdetection, R50 taught by R101, {size}, fp32, memory returned.", ""]
-            lines += [heading(step), ""]
-            body = [
-                (pair if arm == "student alone" else "", arm, *cells) for pair, arm, cells in report.step_rows(step)
-            ]
-            lines += [*markdown(("pair", "", *report.STEP_COLUMNS), body), ""]
+def measured(folder: Path) -> list[str]:
+    """All that was measured on a device."""
+    record = report.read(folder, "loss")
+    roofs = [case["copy_bandwidth"] / 1e9 for case in record["cases"]]
+    roof = f"a copy moved {min(roofs):.1f} to {max(roofs):.1f} GB/s, from case to case"
+    lines = [f"## {record['device']}", "", f"{heading(record)}; medians [quartiles]; {roof}.", ""]
+    place = f"../../benchmarks/results/{folder.name}"
+    lines += [f"![roofline]({place}/roofline.png)", f"![ratios]({place}/ratios.png)", ""]
+    body, last = [], None
+    for case, name, cells in report.rows(record):
+        body.append(["" if case == last else case, name, *cells])
+        last = case
+    lines += [*markdown(("case", "implementation", *report.COLUMNS), body), ""]
+    if record["host"]:
+        lines += ["One position per level, fp32: what a step costs before it computes anything.", ""]
+        unit = "kernels" if record["kind"] == "cuda" else "operators"
+        columns = ("implementation", *report.HOST_COLUMNS[:-1], f"{unit} a step")
+        lines += [*markdown(columns, [(name, *cells) for name, cells in report.host_rows(record)]), ""]
+    if first := [
+        (name, f"{result['first_seconds']:.1f}") for name, result in report.plain(record)[0]["implementations"].items()
+    ]:
+        lines += ["Time to the first result, with its check, of the first case.", ""]
+        lines += [*markdown(("implementation", "s"), first), ""]
+    if scaling := report.read(folder, "scaling"):
+        lines += ["How cost grows: time of a step = a + b · x, fitted.", "", f"![scaling]({place}/scaling.png)", ""]
+        fits = [
+            (x, name, f"{1e3 * line['intercept']:.2f}", f"{1e6 * line['slope']:.3g}")
+            for x, sweep in scaling["sweeps"].items()
+            for name, line in sweep["implementations"].items()
+        ]
+        lines += [*markdown(("x", "implementation", "a, ms", "b, µs"), fits), ""]
+        lines += threads(scaling.get("threads"))
+    if step := report.read(folder, "step"):
+        size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
+        lines += [f"A whole training step of mmdetection, R50 taught by R101, {size}, fp32, memory returned.", ""]
+        lines += [heading(step), ""]
+        body = [(pair if arm == "student alone" else "", arm, *cells) for pair, arm, cells in report.step_rows(step)]
+        lines += [*markdown(("pair", "", *report.STEP_COLUMNS), body), ""]
     return lines[:-1]
 
 
@@ -128,25 +127,39 @@ def threads(record: dict[str, Any] | None) -> list[str]:
     return ["400×672, batch 1, by threads.", "", *markdown(columns, body), ""]
 
 
+def speed_table(cases: list[dict[str, Any]]) -> list[str]:
+    """A line a case: what `auto` takes against the rivals."""
+    body = []
+    for measured in cases:
+        timed = report.timed(measured["implementations"])
+        ours = report.best_of_ours(measured["implementations"])
+        roof = 100 * measured["bytes"] / timed[ours] / measured["copy_bandwidth"]
+        rivals = (min((timed[n] for n in timed if n.startswith(rival)), default=None) for rival in SHOWN)
+        body.append([
+            Case(**measured["case"]).title, f"{1e3 * timed[ours]:.2f}", f"{roof:.0f}",
+            *("" if t is None else f"{1e3 * t:.1f} = {t / timed[ours]:.1f}×" for t in rivals),
+        ])  # fmt: skip
+    columns = ("forward + backward", "frs_kernels, ms", "% of copy", *(f"{rival}, ms" for rival in SHOWN))
+    return markdown(columns, body)
+
+
 def speed() -> list[str]:
-    """The main grid in a line a case: what `auto` takes against the rivals, on one device."""
-    lines: list[str] = []
-    for folder in devices()[:1]:
-        record = report.read(folder, "loss")
-        body = []
-        for measured in report.plain(record):
-            timed = report.timed(measured["implementations"])
-            ours = report.best_of_ours(measured["implementations"])
-            roof = 100 * measured["bytes"] / timed[ours] / measured["copy_bandwidth"]
-            rivals = (min((timed[n] for n in timed if n.startswith(rival)), default=None) for rival in SHOWN)
-            body.append([
-                Case(**measured["case"]).title, f"{1e3 * timed[ours]:.2f}", f"{roof:.0f}",
-                *("" if t is None else f"{1e3 * t:.1f} = {t / timed[ours]:.1f}×" for t in rivals),
-            ])  # fmt: skip
-        columns = ("forward + backward", "frs_kernels, ms", "% of copy", *(f"{rival}, ms" for rival in SHOWN))
-        lines += [heading(record), "", *markdown(columns, body), ""]
-        lines += [f"![times of the rivals](benchmarks/results/{folder.name}/ratios.png)", ""]
-    return lines[:-1]
+    """The main grid on the first device."""
+    folder = devices()[0]
+    record = report.read(folder, "loss")
+    plot = f"![times of the rivals](../benchmarks/results/{folder.name}/ratios.png)"
+    return [heading(record), "", *speed_table(report.plain(record)), "", plot]
+
+
+TYPICAL = (800, 1344, 2)  # an image size that COCO is trained at, and a batch
+
+
+def speed_short() -> list[str]:
+    """One size of that grid, each detector's."""
+    record = report.read(devices()[0], "loss")
+    cases = [Case(**measured["case"]) for measured in report.plain(record)]
+    kept = [(case.height, case.width, case.batch) == TYPICAL for case in cases]
+    return [heading(record), "", *speed_table(list(compress(report.plain(record), kept)))]
 
 
 def target(value: float, met: bool) -> str:
@@ -184,15 +197,20 @@ def targets() -> list[str]:
         if host and trivial:
             ratio = host["seconds"] / trivial["seconds"]
             met = target(ratio, ratio <= TARGET)
-            lines += [f"A step on one position a level, at most {TARGET}× a trivial `autograd.Function`: {met}.", ""]
+            lines += [f"A step on one position per level, at most {TARGET}× a trivial `autograd.Function`: {met}.", ""]
     return lines[:-1]
 
 
 BLOCKS = {
-    "speed": (speed, (ROOT / "README.md",)),
-    "performance": (performance, (ROOT / "docs" / "performance.md",)),
+    "speed": (speed, (ROOT / "docs" / "performance.md",)),
+    "speed-short": (speed_short, (ROOT / "README.md",)),
+    **{
+        f"measured {folder.name}": (partial(measured, folder), (ROOT / "docs" / "measured" / f"{folder.name}.md",))
+        for folder in devices()
+    },
     "targets": (targets, (ROOT / "docs" / "performance.md",)),
-    "digits": (digits, (ROOT / "README.md", EXAMPLES / "digits" / "README.md")),
+    "digits": (digits, (EXAMPLES / "digits" / "README.md",)),
+    "digits-short": (digits_short, (ROOT / "README.md",)),
     "studies": (studies, (ROOT / "docs" / "math.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
     "ladder": (ladder, (ROOT / "docs" / "step-cost.md",)),
@@ -209,6 +227,8 @@ def main() -> int:
     for name, (write, pages) in BLOCKS.items():
         block = "\n".join([f"<!-- {name} -->", "", *write(), "", f"<!-- /{name} -->"])
         for page in pages:
+            if not page.exists():
+                raise SystemExit(f"{page} is missing: write one like those beside it, and name it in mkdocs.yml")
             old = page.read_text()
             new, found = re.subn(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, old, flags=re.DOTALL)
             if found != 1:

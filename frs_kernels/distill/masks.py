@@ -1,6 +1,6 @@
 """Where to imitate: masks (N, H, W) a level, made of tensors alone, for `mask=` of `fsr_loss` or of `Distiller`.
 
-Every function takes and returns lists, one tensor a level, and is differentiated through by nobody.
+Every function takes and returns lists, one tensor per level, and is differentiated through by nobody.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`Tap`: what named modules of a model emit in one forward pass, as lists of (N, C, H, W), one tensor a level."""
+"""`Tap`: what named modules of a model emit in one forward pass, as lists of (N, C, H, W), one tensor per level."""
 
 from __future__ import annotations
 

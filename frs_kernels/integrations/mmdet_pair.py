@@ -38,7 +38,7 @@ PROBE_SIDE = 512  # the largest stride that it can tell
 
 
 class Emitted(NamedTuple):
-    """What passed through a detector's dense head; one tensor a level."""
+    """What passed through a detector's dense head; one tensor per level."""
 
     feats: list[Tensor]  # (N, C, H, W), from the neck
     logits: list[Tensor]  # (N, K, H, W), class logits

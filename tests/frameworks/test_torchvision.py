@@ -90,15 +90,17 @@ def test_the_teacher_runs_no_further_than_its_class_logits(preset):
     assert set(ran) <= {"rpn.head.bbox_pred"}
 
 
-def test_the_loop_of_the_readme_runs():
+def test_the_step_of_the_readme_runs():
     names = {
-        "torch": torch, "student": make("retinanet"), "teacher": make("retinanet"),
-        "loader": [(images(), targets())] * 2,
+        "torch": torch, "Distiller": Distiller, "student": make("retinanet"), "teacher": make("retinanet"),
+        "images": images(), "targets": targets(),
     }  # fmt: skip
     before = names["student"].backbone.fpn.layer_blocks[0][0].weight.detach().clone()
-    exec(code_after("For torchvision's RetinaNet, FCOS and Faster R-CNN:"), names)
-    assert names["distiller"].iteration == 2
-    assert names["loss"].isfinite()
+    exec(code_after("**torchvision**"), names)
+    names["optimizer"].step()
+    assert names["distiller"].iteration == 1
+    assert {"loss_frs_feat", "loss_frs_cls"} < set(names["losses"])
+    assert sum(names["losses"].values()).isfinite()
     assert not torch.equal(names["student"].backbone.fpn.layer_blocks[0][0].weight, before)
 
 

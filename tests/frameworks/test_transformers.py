@@ -78,7 +78,7 @@ def test_the_step_of_the_readme_runs():
         "Distiller": Distiller, "masks": masks, "student": make("RT-DETR", 16), "teacher": make("RT-DETR", 24),
         "images": inputs["pixel_values"], "labels": inputs["labels"],
     }  # fmt: skip
-    exec(code_after("For transformers' RT-DETR, RT-DETR v2 and D-FINE"), names)
+    exec(code_after("**transformers**"), names)
     names["loss"].backward()
     assert all(p.grad is not None for p in names["distiller"].adapter.parameters())
 

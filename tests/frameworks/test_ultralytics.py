@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from readme import GUIDE, code_after
 from torch import Tensor
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
@@ -44,16 +45,15 @@ def test_a_step(name):
     make(name, "n").load_state_dict(d.student.state_dict())
 
 
-def test_a_loaded_checkpoint(tmp_path):
-    """As the README has it: what YOLO() loads is frozen and in eval mode."""
+def test_the_step_of_the_guide_runs(tmp_path, monkeypatch):
+    """Of loaded checkpoints: what YOLO() loads is frozen and in eval mode."""
+    monkeypatch.chdir(tmp_path)
     for size in "ns":
-        YOLO(f"yolo11{size}.yaml", verbose=False).save(tmp_path / f"{size}.pt")
-    student = YOLO(tmp_path / "n.pt").model.requires_grad_(True).train()
-    student.args = get_cfg(overrides=student.args)
-    d = Distiller(student, YOLO(tmp_path / "s.pt").model, recipe="ultralytics", preset="ultralytics", warmup=0)
-    inputs = batch()
-    own, _ = d(inputs)
-    (own.sum() + len(inputs["img"]) * d.loss()).backward()
+        YOLO(f"yolo11{size}.yaml", verbose=False).save(f"yolo11{size}.pt")
+    names: dict[str, Any] = {"YOLO": YOLO, "get_cfg": get_cfg, "Distiller": Distiller, "batch": batch()}
+    exec(code_after("of your own for Ultralytics (v8, v10, 11, 26):", GUIDE), names)
+    names["loss"].backward()
+    d = names["distiller"]
     # dfl, a fixed sum, is left out by Ultralytics' trainer
     unused = [n for n, p in d.named_parameters() if p.requires_grad and p.grad is None]
     assert all(".dfl." in name for name in unused)

@@ -143,16 +143,20 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path, name):
         run(folder, tmp_path, trainer(folder), **{name: setting})
 
 
-def test_the_few_lines_of_the_page_run(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "examples/frameworks/README.md"])
+def test_the_few_lines_of_a_page_run(folder, tmp_path, monkeypatch, page):
     """Word for word, but for the size of the training."""
-    block = code_after("## Ultralytics' trainer", (ROOT / "examples" / "frameworks" / "README.md").read_text())
+    block = code_after("**Ultralytics**")
+    if page != "README.md":
+        block = code_after("## Ultralytics' trainer", (ROOT / page).read_text())
     assert len([line for line in block.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
     YOLO("yolo11s.yaml", verbose=False).save("yolo11s.pt")
     Path("coco8.yaml").write_text((folder / "boxes.yaml").read_text())
     settings = {**SETTINGS, "project": str(tmp_path), "name": "run", "epochs": 1}
     assert block.count("epochs=100") == 1
-    exec(block.replace("epochs=100", "**settings"), {"settings": settings})
+    names = {"DistillingTrainer": DistillingTrainer, "DetectionTrainer": DetectionTrainer, "YOLO": YOLO}
+    exec(block.replace("epochs=100", "**settings"), {**names, "settings": settings})
     assert "train/frs_loss" in (tmp_path / "run" / "results.csv").read_text()
     assert type(YOLO(tmp_path / "run" / "weights" / "best.pt").model) is DetectionModel
 

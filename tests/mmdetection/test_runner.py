@@ -19,6 +19,7 @@ from detectors import CONFIGS, FRS, NAMES, ROOT, batch, config_of, distiller, fo
 from mmdet.registry import MODELS
 from mmengine.hub import get_config
 from mmengine.runner import Runner
+from readme import code_after
 
 from examples.digits.digits import make_digits
 from frs_kernels.integrations.mmdet_hooks import draw_masks, export_student
@@ -282,3 +283,14 @@ def test_the_papers_configs_build(tmp_path, name):
     assert model.strides == ([4, 8, 16, 32, 64] if preset == "faster_rcnn" else [8, 16, 32, 64, 128])
     assert [conv.weight.shape for conv in model.adapter.convs] == [(256, 256, 3, 3)] * 5
     assert model.warmup == 500
+
+
+def test_the_config_of_the_readme_is_the_papers(tmp_path):
+    """That of examples/mmdet/configs/coco, but for where the teacher's weights lie."""
+    from mmengine.config import Config
+
+    (tmp_path / "readme.py").write_text(code_after("**mmdetection**"))
+    shown = Config.fromfile(tmp_path / "readme.py").model
+    papers = Config.fromfile(CONFIGS / "coco" / "retinanet_r50_r101_2x.py").model
+    assert papers.teacher_checkpoint.endswith(f"/{shown.teacher_checkpoint}")
+    assert shown == papers | {"teacher_checkpoint": shown.teacher_checkpoint}
