@@ -11,8 +11,9 @@ TEST_ARGS ?=
 VENV_MMDET := .venv-mmdet
 BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
+VENV_DOCS := .venv-docs
 
-.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks
+.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
 
 install: $(VENV)/.installed
 
@@ -84,5 +85,14 @@ test-frameworks: install-frameworks
 demo-frameworks: install-frameworks
 	PYTHONPATH=. $(VENV_FRAMEWORKS)/bin/python -m examples.frameworks $(DEMO_ARGS)
 
+# The pages as a site, in site/. The docstrings are read from the sources: neither torch nor the package is installed.
+docs: $(VENV_DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict
+
+$(VENV_DOCS)/.installed: constraints-docs.txt
+	test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install --quiet --constraint constraints-docs.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_FRAMEWORKS) $(VENV_MMDET) build dist frs_kernels/lib *.egg-info
+	rm -rf $(VENV) $(VENV_DOCS) $(VENV_FRAMEWORKS) $(VENV_MMDET) build dist site frs_kernels/lib *.egg-info
