@@ -40,6 +40,8 @@ def why_not(backend: str, device_type: str) -> str | None:
         return "Triton is not installed; on Linux, pip install triton"
     if device_type == "cuda" and not _HAS_CC and not _INTERPRET:
         return "Triton needs a C compiler for its launchers; install gcc or clang and Python's headers"
+    if device_type == "cuda" and not _INTERPRET and (reason := _why_too_old()) is not None:
+        return reason
     if device_type != "cuda" and not _INTERPRET:
         return (
             f"Triton runs on CUDA tensors, not on {device_type!r} ones; move them to a GPU, or, for tests only, set "
@@ -72,9 +74,23 @@ def _why_no_gpu() -> str | None:
     return _why_no_code()
 
 
+@functools.cache
+def _oldest() -> tuple[int, int]:
+    """The least compute capability of the GPUs in sight."""
+    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=(99, 0))
+
+
+def _why_too_old() -> str | None:
+    major, minor = _oldest()
+    if major >= 8:
+        return None
+    return f"its kernels have instructions of sm_80 in them, this GPU is sm_{major}{minor}; use backend='torch'"
+
+
 # torch.compile takes the result and does not look inside, at CUDA calls and a cache. This is all that
 # torch.compiler.assume_constant_result does, but that imports the whole compiler first.
 _why_no_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -174,10 +174,12 @@ def test_a_gpu_that_the_cuda_library_cannot_serve_is_another_backends(monkeypatc
     monkeypatch.setitem(native.RECORD, "cuda", {"targets": targets, "cuda": "13.0"})
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "_HAS_CC", True)
+    monkeypatch.setattr(backends, "_INTERPRET", False)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
-    backends._why_no_code.cache_clear()
+    for cached in (backends._why_no_code, backends._oldest):
+        cached.cache_clear()
 
     def choose(x: torch.Tensor) -> tuple[torch.Tensor, str, str | None]:
         return x + 1, backends.choose("auto", "cuda"), backends.why_not("cuda", "cuda")
@@ -186,9 +188,19 @@ def test_a_gpu_that_the_cuda_library_cannot_serve_is_another_backends(monkeypatc
     try:
         _, name, reason = function(torch.zeros(()))
     finally:
-        backends._why_no_code.cache_clear()
-    assert name == ("cuda" if why is None else "triton")
+        for cached in (backends._why_no_code, backends._oldest):
+            cached.cache_clear()
+    others = "triton" if min(gpus) >= (8, 0) else "torch"  # Triton's kernels, too, are for sm_80 and later
+    assert name == ("cuda" if why is None else others)
     assert reason is None if why is None else reason.startswith(why)
+
+
+def test_rocm_takes_torch_without_a_word(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends.choose("auto", "cuda") == "torch"
+    assert "ROCm" in str(backends.why_not("triton", "cuda"))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
