@@ -61,7 +61,7 @@ def distill(
     for pair in pairs:
         for given in (pair.student, pair.teacher):
             plain = plain and type(given) in (list, tuple) and len(given) == levels
-    rare = mask is not None or process_group is not None or options.level_weights is not None
+    rare = mask is not None or teacher_logits is None or process_group is not None or options.level_weights is not None
     if rare or not plain or is_compiling():
         check()
         return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms)
