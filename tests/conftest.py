@@ -16,8 +16,8 @@ if not HAS_GPU:
     # Before anything imports triton: its kernels decide when they are defined whether they are interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The helpers beside this file; the checkout last, so that an installed frs_kernels is the one tested.
-sys.path.insert(0, str(Path(__file__).parent))
+# The helpers, and test files that others read; the checkout last, so that an installed frs_kernels is the one tested.
+sys.path[:0] = [str(Path(__file__).parent / "helpers"), str(Path(__file__).parent)]
 sys.path.append(str(Path(__file__).parents[1]))
 
 import building  # noqa: E402

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_distiller import distiller
-from test_teacher import Normed
-from toy_detectors import images
+from toy_detectors import Normed, distiller, images
 
 from frs_kernels.distill.beside import Beside
 

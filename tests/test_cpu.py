@@ -171,7 +171,9 @@ def test_every_instruction_set_is_right(rng, isa):
         pytest.skip(f"this CPU has no {isa}")
     command = [sys.executable, "-c", SWEEP, str(rng.initial_seed())]
     environment = python_environment(FRS_CPU=isa)
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent / "helpers", env=environment
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [isa]
 
@@ -182,7 +184,7 @@ def test_every_instruction_set_is_right(rng, isa):
 def test_no_tensor_is_read_beyond_its_ends(rng, isa):
     if not cpu_has(isa):
         pytest.skip(f"this CPU has no {isa}")
-    command = [sys.executable, str(Path(__file__).parent / "fenced.py"), str(rng.initial_seed())]
+    command = [sys.executable, str(Path(__file__).parent / "helpers" / "fenced.py"), str(rng.initial_seed())]
     environment = python_environment(FRS_CPU=isa)
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr

@@ -14,41 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_detectors import Detector, images
+from toy_detectors import EXAMPLE, Detector, by_hand, distiller, images, pair
 
-from frs_kernels import PRESETS, FSRTerms, fsr_loss
+from frs_kernels import PRESETS, fsr_loss
 from frs_kernels.distill import Distiller, masks
 from frs_kernels.distill.distiller import Recipe
 from frs_kernels.distill.pairing import UNUSED
-
-EXAMPLE = (torch.zeros(1, 3, 64, 64),)
-
-
-def pair(**student: Any) -> tuple[Detector, Detector]:
-    torch.manual_seed(7)
-    return Detector(**student), Detector(channels=9)
-
-
-def distiller(student: nn.Module | None = None, teacher: nn.Module | None = None, **options: Any) -> Distiller:
-    s, t = pair()
-    arguments = {"feats": "neck", "logits": "head.cls", "warmup": 0, "example": EXAMPLE, **options}
-    if "preset" not in options:
-        arguments = {"normalizer": "mass", **arguments}
-    return Distiller(student or s, teacher or t, **arguments)
-
-
-def by_hand(d: Distiller, x: torch.Tensor, **options: Any) -> FSRTerms:
-    s, t = d.student, d.teacher
-    feats = s.neck(x)
-    with torch.no_grad():
-        t_feats = t.neck(x)
-        z = [t.head.cls(v) for v in t_feats]
-    terms = fsr_loss(
-        d.adapter(feats) if d.adapter else feats, t_feats, [s.head.cls(v) for v in feats], z,
-        return_terms=True, **options,
-    )  # fmt: skip
-    assert isinstance(terms, FSRTerms)
-    return terms
 
 
 def test_a_dict_of_losses_gets_two_more():

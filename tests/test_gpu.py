@@ -343,7 +343,9 @@ def test_a_launch_that_begins_beside_the_one_before_changes_no_bit(rng, tmp_path
     for asked in ("1", "0"):
         command = [sys.executable, "-c", STEP, str(rng.initial_seed()), str(tmp_path / f"{asked}.pt")]
         environment = python_environment(FRS_PDL=asked)
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent / "helpers", env=environment
+        )
         assert done.returncode == 0, done.stderr
         results += torch.load(tmp_path / f"{asked}.pt")
     for other in results[1:]:

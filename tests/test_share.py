@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_distiller import distiller
 from torch import Tensor, nn
-from toy_detectors import Detector, images
+from toy_detectors import Detector, distiller, images
 
 from frs_kernels.distill import Distiller, GradientShare, Mean
 

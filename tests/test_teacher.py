@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_distiller import distiller
 from torch import Tensor, nn
-from toy_detectors import Detector, images
+from toy_detectors import Detector, Normed, distiller, images
 
 from frs_kernels import fsr_loss
 from frs_kernels.distill import fast_teacher, masks, teacher
@@ -125,17 +124,6 @@ def test_dtype_and_layout(net, monkeypatch):
         assert made.plain[0].weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="dtype='fast' is unknown"):
         fast_teacher(net, run(images()), dtype="fast")
-
-
-class Normed(Detector):
-    """With batch norms in the neck, and a second tower that is not distilled."""
-
-    def __init__(self, channels: int = 6) -> None:
-        super().__init__(channels)
-        self.neck.convs = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(channels)) for conv in self.neck.convs)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_var.uniform_(0.5, 2)
 
 
 def test_a_distiller_takes_it_by_default():

@@ -1,4 +1,4 @@
-"""Small detectors that emit their levels in every way that `Tap` knows."""
+"""Small detectors that emit their levels in every way that `Tap` knows, and distillers of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from frs_kernels import FSRTerms, fsr_loss
+from frs_kernels.distill import Distiller
 
 STRIDES = (8, 16, 32)
 
@@ -85,3 +88,44 @@ class Loop(nn.Module):
             feats.append(conv(feats[-1]))
         logits = self.inner.head(feats)
         return (feats, logits) if targets is None else (feats, logits, sum(z.square().mean() for z in logits))
+
+
+class Normed(Detector):
+    """With batch norms in the neck, and a second tower that is not distilled."""
+
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__(channels)
+        self.neck.convs = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(channels)) for conv in self.neck.convs)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 2)
+
+
+EXAMPLE = (torch.zeros(1, 3, 64, 64),)
+
+
+def pair(**student: Any) -> tuple[Detector, Detector]:
+    torch.manual_seed(7)
+    return Detector(**student), Detector(channels=9)
+
+
+def distiller(student: nn.Module | None = None, teacher: nn.Module | None = None, **options: Any) -> Distiller:
+    s, t = pair()
+    arguments = {"feats": "neck", "logits": "head.cls", "warmup": 0, "example": EXAMPLE, **options}
+    if "preset" not in options:
+        arguments = {"normalizer": "mass", **arguments}
+    return Distiller(student or s, teacher or t, **arguments)
+
+
+def by_hand(d: Distiller, x: torch.Tensor, **options: Any) -> FSRTerms:
+    s, t = d.student, d.teacher
+    feats = s.neck(x)
+    with torch.no_grad():
+        t_feats = t.neck(x)
+        z = [t.head.cls(v) for v in t_feats]
+    terms = fsr_loss(
+        d.adapter(feats) if d.adapter else feats, t_feats, [s.head.cls(v) for v in feats], z,
+        return_terms=True, **options,
+    )  # fmt: skip
+    assert isinstance(terms, FSRTerms)
+    return terms

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent
 CXX = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 HAS_NVCC = bool(shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists() or os.environ.get("CUDA_HOME"))
