@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 import subprocess
@@ -285,8 +286,17 @@ def test_the_command_says_what_is_here_and_why_the_rest_is_not():
     assert re.search(r"triton +available", interpreted)
 
 
+def test_the_command_for_a_bug_report():
+    found = json.loads(python("-m", "frs_kernels", "--json", TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES=""))
+    assert found["torch"] == torch.__version__
+    assert found["why_not"]["torch"] is None
+    assert found["why_not"]["cpu"] == native.WHY_NOT["cpu"]
+    assert found["auto"] == {"cpu": "torch" if native.WHY_NOT["cpu"] else "cpu"}
+    assert found["build"] == native.RECORD
+
+
 def test_the_import_brings_nothing_that_a_loss_does_not_need():
-    heavy = ("triton", "sklearn", "PIL", "matplotlib", "pycocotools", "rich", "mmdet", "examples", "benchmarks")
+    heavy = ("triton", "numpy", "sklearn", "PIL", "matplotlib", "pycocotools", "rich", "mmdet", "examples", "benchmarks")
     code = (
         "import sys, torch\nbefore = set(sys.modules)\nimport frs_kernels\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
