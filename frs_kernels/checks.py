@@ -30,6 +30,11 @@ def check_number(name: str, value: Any, *, positive: bool) -> None:
         raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'} and finite, got {value}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_weight(name: str, value: Any, device: torch.device | None) -> None:
     """A number, zero or more and finite, or a 0-dim floating-point tensor on the device of the levels."""
     if isinstance(value, Tensor):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from frs_kernels import checks
 from frs_kernels.levels import Levels
-from frs_kernels.options import Weight
+from frs_kernels.options import Options, Weight
 from frs_kernels.pairs import plain_mask
 from frs_kernels.results import Richness
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from frs_kernels.options import LossOptions
 
 OFTEN = 0.5
 """A teacher that sees an object at more than this part of a level's positions has seldom been understood."""
@@ -53,6 +58,7 @@ def check(
     mask: Levels | Richness | None = None,
     feat_weight: Weight = 1.0,
     cls_weight: Weight = 1.0,
+    **options: Unpack[LossOptions],
 ) -> Diagnosis:
     """Look at the numbers of a call of `fsr_loss`, which looks at shapes alone: that would make the host wait.
 
@@ -63,7 +69,7 @@ def check(
     mask; weights that are NaN, inf or negative; a student that is its own teacher.
 
     Args:
-        student_feats, teacher_feats, student_logits, teacher_logits, mask, feat_weight, cls_weight: as in `fsr_loss`.
+        all as in `fsr_loss`.
 
     Returns:
         For each level the mask's mass, the part of its positions above 0.5 and the range of the teacher's logits; and
@@ -72,9 +78,15 @@ def check(
     Raises:
         TypeError, ValueError: as `fsr_loss`.
     """
+    Options.of(**options)
     scores = plain_mask(mask)
     checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores)
     checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, scores)
+    device = next(levels[0].device for levels in (teacher_logits, teacher_feats) if levels is not None)
+    if device.type == "meta":
+        raise ValueError("the tensors are on the meta device, where there are no numbers to look at")
+    for name, weight in (("feat_weight", feat_weight), ("cls_weight", cls_weight)):
+        checks.check_weight(name, weight, device)
     given = {
         "student_feats": student_feats, "teacher_feats": teacher_feats, "student_logits": student_logits,
         "teacher_logits": teacher_logits, "mask": scores,
@@ -87,7 +99,7 @@ def check(
         ("logits", student_logits, teacher_logits),
     ):
         if student is not None and teacher is not None and _same(student, teacher):
-            findings.append(f"student_{name} are teacher_{name}: the same memory; the student would imitate itself")
+            findings.append(f"student_{name} are teacher_{name}, number by number: the student would imitate itself")
     shares = [z.float().amax(1).sigmoid() for z in teacher_logits or ()] if scores is None else scores
     levels = []
     for level, share in enumerate(shares):
@@ -104,35 +116,39 @@ def check(
 
 def _not_finite(name: str, levels: Levels | None) -> Iterator[str]:
     for level, x in enumerate(levels or ()):
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            yield f"{name}[{level}] has {bad} numbers that are NaN or inf, of {x.numel()}"
+        bad = ~x.isfinite()
+        if name == "teacher_logits":
+            bad &= x != float("-inf")  # a class that is masked out
+        if count := int(bad.sum()):
+            yield f"{name}[{level}] has {count} numbers that are NaN or inf, of {x.numel()}"
 
 
 def _no_logits(name: str, levels: Levels | None) -> Iterator[str]:
     """A softmax over channels sums to 1; its logarithm has a log-sum-exp of 0; probabilities are in [0, 1]."""
     filled = [z.double() for z in levels or () if z.numel()]
-    if not filled:
+    if not filled or levels is None:
         return
+    slack = 1e-3 + 4 * torch.finfo(levels[0].dtype).eps
     low, high = min(z.min() for z in filled), max(z.max() for z in filled)
     several = filled[0].shape[1] > 1
-    if several and all(torch.logsumexp(z, 1).abs().max() < 1e-3 for z in filled):
+    if several and all(torch.logsumexp(z, 1).abs().max() < slack for z in filled):
         yield f"{name} are the logarithm of a softmax; the loss is for sigmoid heads"
     elif low >= 0 and high <= 1 and high > low:
-        sums = several and all((z.sum(1) - 1).abs().max() < 1e-3 for z in filled)
+        sums = several and all((z.sum(1) - 1).abs().max() < slack for z in filled)
         kind = "a softmax's probabilities; the loss is for sigmoid heads" if sums else "probabilities"
         yield f"{name} are all within [0, 1] and look like {kind}: give what the head emits before the sigmoid"
 
 
 def _same(a: Levels, b: Levels) -> bool:
-    return all(x.numel() and x.data_ptr() == z.data_ptr() for x, z in zip(a, b, strict=True))
+    filled = [(x, z) for x, z in zip(a, b, strict=True) if x.numel()]
+    return bool(filled) and all(x.dtype == z.dtype and torch.equal(x, z) for x, z in filled)
 
 
 def _report(share: Tensor, z: Tensor | None) -> LevelReport:
     empty = z is None or z.numel() == 0
     low, high = (float("nan"),) * 2 if empty or z is None else (float(z.min()), float(z.max()))
     half = float((share > 0.5).float().mean()) if share.numel() else 0.0
-    return LevelReport(tuple(share.shape if z is None else z.shape), float(share.sum()), half, low, high)
+    return LevelReport(tuple(share.shape if z is None else z.shape), float(share.double().sum()), half, low, high)
 
 
 def _mass(level: int, found: LevelReport, *, given: bool) -> Iterator[str]:

@@ -169,7 +169,9 @@ class FeatureAdapter(nn.Module):
         if len(feats) != len(self.convs):
             raise ValueError(f"feats has {len(feats)} levels, the adapter was made for {len(self.convs)}")
         for level, (conv, x) in enumerate(zip(self.convs, feats, strict=True)):
-            if x.dim() == 4 and x.shape[1] != conv.in_channels:
+            if not isinstance(x, Tensor):
+                raise ValueError(f"feats[{level}] must be a tensor (N, C, H, W), got {type(x).__name__}")
+            if isinstance(conv, nn.Conv2d) and x.dim() == 4 and x.shape[1] != conv.in_channels:
                 raise ValueError(
                     f"feats[{level}] {tuple(x.shape)} has {x.shape[1]} channels, the adapter was made for "
                     f"{conv.in_channels} there"

@@ -155,7 +155,7 @@ def _grad_mode(pair: Pair, grad_mode: str, return_terms: bool) -> str:
 def plain_mask(mask: Any) -> Any:
     """A list of (N, H, W) floating-point tensors, where it is one of the other forms; else what it is."""
     if isinstance(mask, Richness):
-        return mask.scores
+        mask = mask.scores
     if mask is None or isinstance(mask, Tensor) or not isinstance(mask, Sequence):
         return mask
     return [_plain_level(m) if isinstance(m, Tensor) else m for m in mask]

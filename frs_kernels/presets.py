@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from frs_kernels.options import Normalizer
+
+
+class ReadOnly(dict[str, Any]):
+    """A dict that refuses changes, which would be everybody's; a copy of it is a plain one."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("presets are read-only; change a copy: dict(PRESETS[...])")
+
+    __setitem__ = __delitem__ = pop = popitem = clear = update = setdefault = _refuse
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]  # d |= {...} makes another d
+        return {**self, **other}
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 class Preset(TypedDict, total=False):
@@ -27,7 +51,4 @@ _PRESETS: dict[str, Preset] = {
     "faster_rcnn": {"feat_weight": 0.002, "cls_weight": 0.1},
     "ultralytics": {"feat_weight": 6.0, "cls_weight": 0.0, "normalizer": "mass_channels", "eps": 1e-9},
 }
-# A change by one caller would be everybody's.
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {name: cast("Preset", MappingProxyType(preset)) for name, preset in _PRESETS.items()}
-)
+PRESETS: Mapping[str, Preset] = ReadOnly({name: cast("Preset", ReadOnly(preset)) for name, preset in _PRESETS.items()})

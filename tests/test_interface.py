@@ -296,7 +296,18 @@ def test_the_command_for_a_bug_report():
 
 
 def test_the_import_brings_nothing_that_a_loss_does_not_need():
-    heavy = ("triton", "numpy", "sklearn", "PIL", "matplotlib", "pycocotools", "rich", "mmdet", "examples", "benchmarks")
+    heavy = (
+        "triton",
+        "numpy",
+        "sklearn",
+        "PIL",
+        "matplotlib",
+        "pycocotools",
+        "rich",
+        "mmdet",
+        "examples",
+        "benchmarks",
+    )
     code = (
         "import sys, torch\nbefore = set(sys.modules)\nimport frs_kernels\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"

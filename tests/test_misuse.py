@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import sys
 import warnings
@@ -105,7 +106,8 @@ def test_forms_of_a_mask(rng, backend, device):
     p = pyramid(rng, sizes=SIZES, device=device)
     richness = richness_mask(p.z, backend=backend)
     right = fsr_loss(*p.inputs, mask=richness.scores, backend=backend)
-    for mask in (richness, [m.unsqueeze(1) for m in richness.scores], tuple(richness.scores)):
+    unusual = richness._replace(scores=[m.unsqueeze(1) for m in richness.scores])
+    for mask in (richness, unusual, [m.unsqueeze(1) for m in richness.scores], tuple(richness.scores)):
         assert torch.equal(fsr_loss(*p.inputs, mask=mask, backend=backend), right)
         masked_imitation_loss(p.s, p.t, mask, backend=backend)
     flags = [m > m.mean() for m in richness.scores]
@@ -156,10 +158,24 @@ def test_copies_of_a_module_with_a_process_group(levels, group):
 
 
 def test_presets_are_read_only():
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        PRESETS["gfl"]["feat_weight"] = 1.0
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        PRESETS["mine"] = {}  # type: ignore[index]
+    """A copy is a plain dict, which may be changed."""
+    for change_it in (
+        lambda: PRESETS["gfl"].update(feat_weight=1.0),
+        lambda: PRESETS["gfl"].pop("feat_weight"),
+        lambda: PRESETS["gfl"].__setitem__("feat_weight", 1.0),
+        lambda: PRESETS.__setitem__("mine", {}),
+    ):
+        with pytest.raises(TypeError, match="presets are read-only; change a copy"):
+            change_it()
+    right = {"feat_weight": 0.1, "cls_weight": 0.05}
+    more = PRESETS["gfl"]
+    more |= {"eps": 1.0}
+    assert more == right | {"eps": 1.0}
+    for copied in (copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), lambda p: p.copy(), dict):
+        plain = copied(PRESETS["gfl"])
+        assert type(plain) is dict
+        assert plain == right
+    assert json.loads(json.dumps(PRESETS["gfl"])) == PRESETS["gfl"] == right
     assert FSRLoss(**PRESETS["gfl"]).feat_weight == 0.1
 
 
@@ -172,6 +188,10 @@ def test_what_an_adapter_is_given():
         adapter(feats[0])
     with pytest.raises(ValueError, match=r"feats\[1\] \(2, 5, 1, 1\) has 5 channels, the adapter was made for 4"):
         adapter([feats[0], torch.zeros(2, 5, 1, 1)])
+    with pytest.raises(ValueError, match=r"feats\[0\] must be a tensor \(N, C, H, W\), got NoneType"):
+        adapter([None, feats[1]])
+    adapter.convs[0] = nn.Identity()  # a user's own
+    assert torch.equal(adapter(feats)[0], feats[0])
 
 
 def test_an_adapter_outside_ddp(group, monkeypatch):
@@ -233,7 +253,7 @@ FINDINGS: dict[str, tuple[Callable[[dict[str, Any]], None], list[str]]] = {
                       ["mask[0] has negative numbers, down to -0.", "mask[1] has negative numbers"]),
     "weights": (put(feat_weight=torch.tensor(torch.nan), cls_weight=torch.tensor(-1.0)),
                 ["feat_weight is nan; it must be", "cls_weight is -1.0; it must be zero or more"]),
-    "itself": (lambda call: call.update(student_feats=call["teacher_feats"]), ["student_feats are teacher_feats:"]),
+    "itself": (lambda call: call.update(student_feats=call["teacher_feats"]), ["student_feats are teacher_feats, num"]),
 }  # fmt: skip
 
 
@@ -271,3 +291,32 @@ def test_check_measures(levels):
     assert check(*empty).findings == [f"level {i} has no mass, so that it adds nothing" for i in range(2)]
     with pytest.raises(ValueError, match="teacher_logits is missing"):
         check(levels[0], levels[1], None, None)
+
+
+def test_check_takes_what_the_loss_takes(levels):
+    rare = [*levels[:3], [z - 6 for z in levels[3]]]
+    assert check(*rare, **PRESETS["ultralytics"]).findings == []
+    for wrong in ({"feat_weight": "0.5"}, {"cls_weight": torch.ones(2)}, {"cls_weight": -1.0}, {"normalizer": "sum"}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            check(*levels, **wrong)
+    with pytest.raises(ValueError, match="meta device"):
+        check(*([v.to("meta") for v in each] for each in levels))
+
+
+def test_check_in_16_bits(levels):
+    wide = [torch.ones(2, 200, 200, dtype=torch.float16)]
+    feats = [torch.zeros(2, 1, 200, 200)], [torch.ones(2, 1, 200, 200)]
+    assert check(*feats, None, None, mask=wide).levels[0].mass == 80_000
+    for dtype in (torch.bfloat16, torch.float16):
+        logs = [z.log_softmax(1).to(dtype) for z in levels[3]]
+        assert check(*levels[:3], logs).findings[0].startswith("teacher_logits are the logarithm of a softmax")
+        soft = [z.softmax(1).to(dtype) for z in levels[3]]
+        assert "look like a softmax's" in check(*levels[:3], soft).findings[0]
+
+
+def test_check_and_masked_classes(levels):
+    s, t, x, _ = levels
+    z = [v - 6 for v in levels[3]]
+    masked = [v.index_fill(1, torch.tensor([1]), -torch.inf) for v in z]
+    assert check(s, t, x, masked).findings == []
+    assert check(s, t, [v.detach().clone() for v in z], z).findings[0].startswith("student_logits are teacher_logits")

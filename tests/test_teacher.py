@@ -300,11 +300,11 @@ def test_a_teacher_of_smaller_images(mask):
     d, x = distiller(fast_teacher={"image_scale": 0.5}, mask=mask), images(side=96)
     losses = d(x)
     with torch.no_grad():
-        small = nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+        small = nn.functional.interpolate(x, (64, 64), mode="bilinear", antialias=True)
         t_feats = d.teacher.neck(small)
         z = [d.teacher.head.cls(v) for v in t_feats]
     feats = d.student.neck(x)
-    assert [v.shape[2] for v in t_feats] == [6, 3, 1]
+    assert [v.shape[2] for v in t_feats] == [8, 4, 2]
     t_feats, z = (
         [nn.functional.interpolate(v, s.shape[2:], mode="bilinear") for v, s in zip(levels, feats, strict=True)]
         for levels in (t_feats, z)
@@ -314,5 +314,64 @@ def test_a_teacher_of_smaller_images(mask):
     assert torch.allclose(losses["loss_frs_cls"], right.cls, rtol=1e-5)
     with pytest.raises(ValueError, match="image_scale must be positive"):
         distiller(fast_teacher={"image_scale": 0.0})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
-        distiller(fast_teacher={"scale": 0.5})
+
+
+def test_smaller_images_are_whole_multiples_of_32():
+    """What detectors pad to; and a 16-bit student's, which cannot be resized in 16 bits on a CPU."""
+    d = distiller(fast_teacher={"image_scale": 0.5})
+    for side, small in ((96, 64), (160, 64), (224, 128), (32, 32), (8, 32)):
+        assert d._prepared(images(side=side)).shape[2:] == (small, small)
+    half = distiller(fast_teacher={"image_scale": 0.5}).bfloat16()
+    assert half(images(side=96).bfloat16())["loss_frs_feat"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("fast", "error", "words"),
+    [
+        ("auto", TypeError, "fast_teacher must be True, False or a dict"),
+        (None, TypeError, "fast_teacher must be True, False or a dict"),
+        (
+            {"scale": 0.5},
+            ValueError,
+            "fast_teacher has scale; the valid ones are fold, free, dtype, .*image_scale, stream",
+        ),
+        ({"stream": "no"}, TypeError, "stream must be True or False"),
+        ({"free": 1}, TypeError, "free must be True or False"),
+        ({"compile": "max-autotune"}, TypeError, "compile must be True, False or a dict of torch.compile's keywords"),
+        ({"dtype": "half"}, ValueError, "dtype='half' is unknown; the valid ones are 'auto', 'float32', 'bfloat16'"),
+    ],
+)
+def test_options_that_are_none(fast, error, words):
+    with pytest.raises(error, match=words):
+        distiller(fast_teacher=fast)
+
+
+def test_a_dtype_by_its_name():
+    d = distiller(teacher=Normed(9), fast_teacher={"dtype": "bfloat16"})
+    assert {p.dtype for p in d.teacher.parameters()} == {torch.bfloat16}
+
+
+class Alias(nn.Module):
+    """A module under two names, of which one is inside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(4, 4, 1)))
+        self.neck = self.body[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_a_tapped_module_by_another_name_is_not_compiled():
+    options = {"compile": {"backend": "eager"}, "fold": False}
+    fast = fast_teacher(Alias(), run(images()), tapped=["neck"], **options)
+    assert [name for name, m in fast.named_modules() if m._compiled_call_impl is not None] == ["body.0"]
+    with pytest.raises(ValueError, match="tapped: Alias has no module 'nek'"):
+        fast_teacher(Alias(), run(images()), tapped=["nek"], **options)
+
+
+def test_a_copy_of_a_compiled_distiller_is_not_compiled():
+    d = distiller()
+    d.compile(backend="eager")
+    assert copy.deepcopy(d)._compiled_call_impl is None

@@ -160,7 +160,8 @@ def mmdet() -> list[str]:
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     shown = (
         f"{results['detector'].upper()}, COCO AP on {settings['pictures']['val']} pictures after "
-        f"{settings['iterations']} iterations{spread}. {machine['cpu']}, {machine['threads']} threads, "
+        f"{settings['iterations']} iterations{spread}. {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} used{', while other programs ran' if machine.get('shared') else ''}, "
         f"onedl-mmdetection {results['versions']['onedl-mmdetection']}, torch {results['versions']['torch']}."
     )
     return [*lines, "", shown]

@@ -371,8 +371,9 @@ class Distiller(Distilling, nn.Module):
         return self.imitate(feats, of_teacher, logits, z, mask=mask, ramp=self.ramp(), process_group=group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no loss to hand out: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_losses": None}
+        """A copy has no loss to hand out and is not compiled: tensors of a graph and compiled code cannot be copied."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_losses": None}
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.iteration)  # a tensor, as averages over state dicts expect

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from frs_kernels import checks
 from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
-from frs_kernels.distill.teacher import fast_dtype, fast_teacher
+from frs_kernels.distill.teacher import TEACHER_OPTIONS, fast_dtype, fast_teacher
 from frs_kernels.functional import fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
@@ -23,6 +23,8 @@ from frs_kernels.results import FSRTerms
 Levels = Sequence[Tensor]
 UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
 """What takes the place of a preset."""
+PADDING = 32
+"""Pixels that detectors pad to: sides of other sizes do not come out alike on the way down and up a pyramid."""
 UNUSED = 32  # calls, more than anybody adds up before a backward pass
 
 
@@ -139,7 +141,7 @@ class Distilling:
     channels_last = False
     """Of the teacher's images."""
     image_scale = 1.0
-    """Of the teacher's images; its levels are then brought to the sizes of the student's."""
+    """Of the teacher's images, to whole multiples of PADDING; its levels are brought to the sizes of the student's."""
     beside = Beside(wanted=False)
     auto_dtype = False
     """Until the first step, which is on the device that counts: mmengine moves a model there after it was built."""
@@ -235,10 +237,16 @@ class Distilling:
         """Put a fast copy in the teacher's place, with options of `fast_teacher` and of the distiller; False: none."""
         if fast is False:
             return
+        if fast is not True and not isinstance(fast, Mapping):
+            raise TypeError(f"fast_teacher must be True, False or a dict of options, got {fast!r}")
         options = {} if fast is True else dict(fast)
-        scale = options.pop("image_scale", 1.0)
+        if unknown := set(options) - {*TEACHER_OPTIONS, "image_scale", "stream"}:
+            valid = ", ".join((*TEACHER_OPTIONS, "image_scale", "stream"))
+            raise ValueError(f"fast_teacher has {', '.join(sorted(unknown))}; the valid ones are {valid}")
+        scale, stream = options.pop("image_scale", 1.0), options.pop("stream", False)
         checks.check_number("image_scale", scale, positive=True)
-        self.beside = Beside(bool(options.pop("stream", False)))
+        checks.check_flag("stream", stream)
+        self.beside = Beside(stream)
         self.auto_dtype = options.get("dtype") == "auto"
         self.unseen = options.get("dtype") is not None
         self.channels_last = bool(options.get("channels_last"))
@@ -265,7 +273,8 @@ class Distilling:
     def _prepared(self, images: Tensor) -> Tensor:
         """At the teacher's scale, in its dtype and layout."""
         if self.image_scale != 1:
-            images = F.interpolate(images, scale_factor=self.image_scale, mode="bilinear", antialias=True)
+            size = [PADDING * max(1, round(self.image_scale * side / PADDING)) for side in images.shape[2:]]
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
         like = next(self.teacher.parameters(), images)
         if images.is_floating_point() and not like.is_meta:
             images = images.to(like.dtype)

@@ -16,6 +16,8 @@ from frs_kernels import checks
 from frs_kernels.distill.tap import tensors_in
 
 Run = Callable[[nn.Module], Any]
+TEACHER_OPTIONS = ("fold", "free", "dtype", "channels_last", "compile")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def fast_teacher(
@@ -41,17 +43,28 @@ def fast_teacher(
         tapped: names of modules whose output is looked at.
         fold: batch norms that follow a convolution become part of it. fp32 outputs change in their last bits.
         free: modules with weights that `run` does not call are taken out, their memory is freed with the model's.
-        dtype: of weights and activations; "auto": what `fast_dtype` says. Outputs are then rounded to it.
+        dtype: of weights and activations, a torch.dtype or "bfloat16" and the like; "auto": what `fast_dtype` says.
+            Outputs are then rounded to it.
         channels_last: weights in channels_last, for images that are.
         compile: torch.compile for the largest parts that run once in a pass and in which nothing is tapped; a dict has
             its keywords. dict(mode="reduce-overhead", dynamic=False) makes a CUDA graph of each size of images, up to
             `torch._dynamo.config.recompile_limit` (8); others run as they are. A copy of the teacher is not compiled.
 
     Raises:
-        ValueError: an unknown dtype; `run` calls nothing; the model cannot be copied; there is nothing to compile.
+        ValueError: an unknown dtype; no such module; `run` calls nothing; the model cannot be copied; there is nothing
+            to compile.
+        TypeError: an option of a wrong type.
     """
     if isinstance(dtype, str):
-        checks.check_option("dtype", dtype, ("auto",))
+        checks.check_option("dtype", dtype, DTYPES)
+        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    for name, value in (("fold", fold), ("free", free), ("channels_last", channels_last)):
+        checks.check_flag(name, value)
+    if not isinstance(compile, (bool, Mapping)):
+        raise TypeError(f"compile must be True, False or a dict of torch.compile's keywords, got {compile!r}")
+    for name in tapped:
+        if not any(name == known for known, _ in model.named_modules(remove_duplicate=False)):
+            raise ValueError(f"tapped: {type(model).__name__} has no module {name!r}")
     made = _sharing_copy(model).eval().requires_grad_(False)
     with torch.no_grad():
         if fold:
@@ -59,7 +72,7 @@ def fast_teacher(
         if free:
             _free(made, run)
         # Before anything is converted: `run` has images of the model's own dtype.
-        parts = _parts_to_compile(made, run, tapped) if compile else []
+        parts = [] if compile is False else _parts_to_compile(made, run, tapped)
     if dtype is not None:
         device = next(made.parameters(), torch.empty(0)).device
         made.to(dtype=fast_dtype(device) if isinstance(dtype, str) else dtype)
@@ -207,16 +220,17 @@ def _calls(model: nn.Module, run: Run) -> Counter[nn.Module]:
 def _parts_to_compile(model: nn.Module, run: Run, tapped: Collection[str]) -> list[nn.Module]:
     """The largest modules that are called once; a head that is called once a level would be compiled for each size."""
     calls = _calls(model, run)
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found) or "" in found
-        seen = any(f"{tap}.".startswith(f"{name}.") or not name for tap in tapped)
+    seen = {model.get_submodule(name) for name in tapped}
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # outer ones first
         large = any(True for _ in module.children()) and any(True for _ in module.parameters())
-        if calls[module] == 1 and large and not inside and not seen:
-            found[name] = module
+        if calls[module] == 1 and large and module not in inside and not seen & set(module.modules()):
+            found.append(module)
+            inside |= set(module.modules())
     if not found:
         raise ValueError("compile: the teacher has no part that runs once in a pass and in which nothing is tapped")
-    return list(found.values())
+    return found
 
 
 def _compile(module: Any, options: Mapping[str, Any]) -> None:

@@ -129,7 +129,7 @@ def check_normalisation(student: Any, teacher: Any) -> None:
 
 
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # NumPy 2, 1
-NUMPY = tuple(type(np.dtype(name)) for name in ("bool", "uint8", "uint32", "int32", "int64", "float32", "float64"))
+DTYPES = [type(np.dtype(code)) for code in "?bhilqBHILQefdSU"]
 
 
 def _method(owner: Any, name: str) -> Any:
@@ -141,14 +141,11 @@ def _method(owner: Any, name: str) -> Any:
 
 
 SAFE = [
-    HistoryBuffer,
-    np.ndarray,
-    np.dtype,
-    _multiarray._reconstruct,
-    _multiarray.scalar,
-    *NUMPY,
-    (_method, "builtins.getattr"),
-]
+    HistoryBuffer, np.ndarray, np.dtype, *DTYPES, (_method, "builtins.getattr"),
+    # Under the names that both major versions of NumPy write.
+    *((getattr(_multiarray, name), f"numpy.{core}.multiarray.{name}")
+      for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+]  # fmt: skip
 """What mmengine's checkpoints hold beside tensors."""
 
 
@@ -173,16 +170,22 @@ def load_teacher(teacher: BaseDetector, checkpoint: str | Path, trust: bool) -> 
         state = _load_checkpoint(str(checkpoint), map_location="cpu") if trust else _read(str(checkpoint))
     except OSError as error:
         raise FileNotFoundError(f"{named} cannot be read: {error}") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        if found := re.search(r"Unsupported global: GLOBAL (\S+)|Unsupported class (\S+)", str(error)):
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+        if found := re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error)):
             raise ValueError(
                 f"{named} holds more than weights: {found[1] or found[2]}, which would be called when it is read; if "
                 "you know where the file is from, set trust_checkpoint=True"
             ) from error
-        raise ValueError(f"{named} is no checkpoint: {error}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{named} is no checkpoint, or not pickled as torch.save does it; if you know where the file is from, "
+                "set trust_checkpoint=True"
+            ) from error
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{named} is no checkpoint: {first}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{named} is no checkpoint but a {type(state).__name__}")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{named} is no checkpoint of names and weights but a {type(state).__name__}")
     # What DDP puts before the names, and what early releases of mmdetection 3 kept of the preprocessor.
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("data_preprocessor.")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from detectors import CONFIGS, NAMES, config_of, distiller, student_of, teacher_of
@@ -101,6 +102,31 @@ def test_a_checkpoint_that_reaches_for_more_by_getattr(teacher_file):
     torch.save(torch.load(file) | {"more": Reaching(), "log": HistoryBuffer([1.0], [1])}, file)
     with refused(ValueError, "holds more than weights: getattr", "__init__"):
         distiller("gfl", file)
+
+
+def test_harmless_checkpoints_of_other_kinds(teacher_file, tmp_path):
+    file = teacher_file("gfl")
+    content = torch.load(file)
+    numbers = {code: np.zeros(2, code) for code in ("float16", "int8", "uint64", "U3")}
+    harmless = content | {"meta": {"numbers": numbers, "seed": np.int64(3), "log": HistoryBuffer([1.0], [1])}}
+    torch.save(harmless, tmp_path / "numpy.pth")
+    torch.save(harmless, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "legacy.pth").read_bytes()
+    (tmp_path / "older.pth").write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert b"numpy.core.multiarray" in (tmp_path / "older.pth").read_bytes()
+    for name in ("numpy", "legacy", "older"):
+        distiller("gfl", str(tmp_path / f"{name}.pth"))
+    torch.save(content, tmp_path / "protocol.pth", pickle_protocol=4)
+    (tmp_path / "abc.pth").write_bytes(b"abc")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pth")
+    for name, words in (
+        ("protocol", "trust_checkpoint=True"),
+        ("abc", "is no checkpoint"),
+        ("numbers", "of names and"),
+    ):
+        with refused(ValueError, f"{name}.pth", words):
+            distiller("gfl", str(tmp_path / f"{name}.pth"))
+    distiller("gfl", str(tmp_path / "protocol.pth"), trust_checkpoint=True)
 
 
 def test_a_checkpoint_that_mmengine_alone_finds():
