@@ -199,7 +199,8 @@ class _Once(torch.autograd.Function):
     """The identity, whose own gradient is an error.
 
     `once_differentiable` raises only where the upstream gradient requires a gradient itself; a gradient penalty beside
-    another loss would lose its gradient without a word.
+    another loss would lose its gradient without a word. That still happens where gradients are taken towards named
+    tensors: the engine leaves out what does not lead to them, and a way to the student's would keep their memory.
     """
 
     @staticmethod
