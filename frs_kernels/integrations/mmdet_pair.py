@@ -185,7 +185,7 @@ def load_teacher(teacher: BaseDetector, checkpoint: str | Path, trust: bool) -> 
         raise ValueError(f"{named} is no checkpoint: {first}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{named} is no checkpoint of names and weights but a {type(state).__name__}")
+        raise ValueError(f"{named} is no checkpoint but a {type(state).__name__}, not of names and weights")
     # What DDP puts before the names, and what early releases of mmdetection 3 kept of the preprocessor.
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("data_preprocessor.")}
