@@ -69,7 +69,8 @@ def check(
     mask; weights that are NaN, inf or negative; a student that is its own teacher.
 
     Args:
-        all as in `fsr_loss`.
+        student_feats, teacher_feats, student_logits, teacher_logits, mask, feat_weight, cls_weight: as in `fsr_loss`.
+        options: further keywords of `FSRLoss`, checked alone.
 
     Returns:
         For each level the mask's mass, the part of its positions above 0.5 and the range of the teacher's logits; and
