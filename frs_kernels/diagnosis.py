@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frs_kernels import checks
+from frs_kernels.functional import richness_mask
 from frs_kernels.levels import Levels
 from frs_kernels.options import Options, Weight
 from frs_kernels.pairs import plain_mask
@@ -101,7 +102,7 @@ def check(
     ):
         if student is not None and teacher is not None and _same(student, teacher):
             findings.append(f"student_{name} are teacher_{name}, number by number: the student would imitate itself")
-    shares = [z.float().amax(1).sigmoid() for z in teacher_logits or ()] if scores is None else scores
+    shares = scores if teacher_logits is None or scores is not None else richness_mask(teacher_logits).scores
     levels = []
     for level, share in enumerate(shares):
         z = teacher_logits[level] if teacher_logits is not None else None

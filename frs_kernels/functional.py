@@ -159,9 +159,8 @@ def fsr_loss(
     found = distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
     if isinstance(found, Tensor):
         return found
-    zero = found.mass.new_zeros(()), found.mass.new_zeros(len(found.mask))
-    feat, feat_per_level = found.parts.get("feat_weight", zero)
-    cls, cls_per_level = found.parts.get("cls_weight", zero)
+    feat, feat_per_level = found.part("feat_weight")
+    cls, cls_per_level = found.part("cls_weight")
     return FSRTerms(found.loss, feat, cls, feat_per_level, cls_per_level, found.mask, found.mass)
 
 
@@ -253,7 +252,6 @@ def masked_imitation_loss(
 
     The other arguments, what is returned and what is raised are as for `fsr_loss`.
     """
-
     checks.check_option("loss", loss, tuple(LOSSES))
     scores = plain_mask(mask)
     options = Options.of(
@@ -269,5 +267,4 @@ def masked_imitation_loss(
     found = distill(pairs, options, check, scores, None, process_group, return_terms)
     if isinstance(found, Tensor):
         return found
-    (value, per_level) = found.parts["weight"]
-    return ImitationTerms(found.loss, value, per_level, found.mask, found.mass)
+    return ImitationTerms(found.loss, *found.part("weight"), found.mask, found.mass)

@@ -28,6 +28,12 @@ class Found(NamedTuple):
     mask: list[Tensor]
     mass: Tensor
 
+    def part(self, name: str) -> tuple[Tensor, Tensor]:
+        """A term's value and its values a level; of one that was not asked for zeros, which take a launch each."""
+        if name in self.parts:
+            return self.parts[name]
+        return self.mass.new_zeros(()), self.mass.new_zeros(len(self.mask))
+
 
 class Pair(NamedTuple):
     """A term: a student and the teacher it imitates."""

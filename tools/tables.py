@@ -51,6 +51,11 @@ def heading(record: dict[str, Any]) -> str:
     )
 
 
+def images_of(step: dict[str, Any]) -> str:
+    first = step["cases"][0]
+    return "{0[0]}×{0[1]}, batch {1}".format(first["size"], first["batch"])
+
+
 def ladder() -> list[str]:
     """A distilled step in units of the student's own, one option after another, on each machine that has it."""
     lines = []
@@ -67,8 +72,7 @@ def ladder() -> list[str]:
             ratios = [found[arm]["step"][0] / found["student alone"]["step"][0] for found in arms.values()]
             weights = row["teacher_bytes"]
             body.append([arm, *(f"{ratio:.2f}" for ratio in ratios), "" if weights is None else f"{weights / 1e6:.0f}"])
-        size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
-        lines += [f"{heading(step)}; {size}.", "", *markdown(("", *arms, "MB"), body), ""]
+        lines += [f"{heading(step)}; {images_of(step)}.", "", *markdown(("", *arms, "MB"), body), ""]
     return lines[:-1]
 
 
@@ -105,9 +109,8 @@ def measured(folder: Path) -> list[str]:
         lines += [*markdown(("x", "implementation", "a, ms", "b, µs"), fits), ""]
         lines += threads(scaling.get("threads"))
     if step := report.read(folder, "step"):
-        size = "{0[0]}×{0[1]}, batch {1}".format(step["cases"][0]["size"], step["cases"][0]["batch"])
-        lines += [f"A whole training step of mmdetection, R50 taught by R101, {size}, fp32, memory returned.", ""]
-        lines += [heading(step), ""]
+        what = f"A whole training step of mmdetection, R50 taught by R101, {images_of(step)}, fp32, memory returned."
+        lines += [what, "", heading(step), ""]
         body = [(pair if arm == "student alone" else "", arm, *cells) for pair, arm, cells in report.step_rows(step)]
         lines += [*markdown(("pair", "", *report.STEP_COLUMNS), body), ""]
     return lines[:-1]

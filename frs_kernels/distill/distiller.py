@@ -285,7 +285,6 @@ class Distiller(Distilling, nn.Module):
         if not self.student.training:
             raise RuntimeError("the student is in eval mode, the distiller trains: call distiller.train()")
         version = args[0]._version if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
-        self.settle()
         self.images_are_there()
         through = self.through(self.criterion.process_group)
         with self._tap(self.student, 0, through=through, when_images=self.images_are_there) as tap:

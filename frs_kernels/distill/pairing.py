@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from frs_kernels import checks
 from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
-from frs_kernels.distill.teacher import TEACHER_OPTIONS, fast_dtype, fast_teacher
+from frs_kernels.distill.teacher import fast_dtype, fast_teacher
 from frs_kernels.functional import fsr_loss
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
@@ -23,6 +23,7 @@ from frs_kernels.results import FSRTerms
 Levels = Sequence[Tensor]
 UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
 """What takes the place of a preset."""
+TEACHER_OPTIONS = (*(name for name in fast_teacher.__kwdefaults__ or () if name != "tapped"), "image_scale", "stream")
 PADDING = 32
 """Pixels that detectors pad to: sides of other sizes do not come out alike on the way down and up a pyramid."""
 UNUSED = 32  # calls, more than anybody adds up before a backward pass
@@ -240,8 +241,8 @@ class Distilling:
         if fast is not True and not isinstance(fast, Mapping):
             raise TypeError(f"fast_teacher must be True, False or a dict of options, got {fast!r}")
         options = {} if fast is True else dict(fast)
-        if unknown := set(options) - {*TEACHER_OPTIONS, "image_scale", "stream"}:
-            valid = ", ".join((*TEACHER_OPTIONS, "image_scale", "stream"))
+        if unknown := set(options) - set(TEACHER_OPTIONS):
+            valid = ", ".join(TEACHER_OPTIONS)
             raise ValueError(f"fast_teacher has {', '.join(sorted(unknown))}; the valid ones are {valid}")
         scale, stream = options.pop("image_scale", 1.0), options.pop("stream", False)
         checks.check_number("image_scale", scale, positive=True)
@@ -261,7 +262,8 @@ class Distilling:
             self.teacher.to(dtype=fast_dtype(next(self.teacher.parameters()).device))
 
     def images_are_there(self) -> None:
-        """What the teacher waits for, where it has a stream of its own."""
+        """What the teacher waits for, where it has a stream of its own; its dtype is settled before."""
+        self.settle()
         self.beside.mark(next(self.teacher.parameters(), torch.empty(0)).device)
 
     def check_first(self, feats: Levels, logits: Levels) -> None:

@@ -16,7 +16,6 @@ from frs_kernels import checks
 from frs_kernels.distill.tap import tensors_in
 
 Run = Callable[[nn.Module], Any]
-TEACHER_OPTIONS = ("fold", "free", "dtype", "channels_last", "compile")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -69,10 +68,11 @@ def fast_teacher(
     with torch.no_grad():
         if fold:
             fold_batch_norms(made, run, tapped)
-        if free:
-            _free(made, run)
         # Before anything is converted: `run` has images of the model's own dtype.
-        parts = [] if compile is False else _parts_to_compile(made, run, tapped)
+        calls = _calls(made, run) if free or compile is not False else Counter()
+        if free:
+            _free(made, run, calls)
+        parts = [] if compile is False else _parts_to_compile(made, calls, tapped)
     if dtype is not None:
         device = next(made.parameters(), torch.empty(0)).device
         made.to(dtype=fast_dtype(device) if isinstance(dtype, str) else dtype)
@@ -217,9 +217,8 @@ def _calls(model: nn.Module, run: Run) -> Counter[nn.Module]:
     return calls
 
 
-def _parts_to_compile(model: nn.Module, run: Run, tapped: Collection[str]) -> list[nn.Module]:
+def _parts_to_compile(model: nn.Module, calls: Counter[nn.Module], tapped: Collection[str]) -> list[nn.Module]:
     """The largest modules that are called once; a head that is called once a level would be compiled for each size."""
-    calls = _calls(model, run)
     seen = {model.get_submodule(name) for name in tapped}
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -242,9 +241,9 @@ def _compile(module: Any, options: Mapping[str, Any]) -> None:
     module._compiled_call_impl = torch.compile(call, **options)
 
 
-def _free(model: nn.Module, run: Run) -> None:
+def _free(model: nn.Module, run: Run, calls: Counter[nn.Module]) -> None:
     """Take out the largest modules with parameters none of which is called."""
-    called = _calls(model, run).keys()
+    called = calls.keys()
     gone: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in gone) or not any(True for _ in module.parameters()):

@@ -180,7 +180,6 @@ class FRSDistiller(Distilling, BaseDetector):
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """The student's own losses with loss_frs_feat, loss_frs_cls and frs_mass_<level>."""
         # The teacher first: what it needs on the way is freed before the student's graph is there.
-        self.settle()
         self.images_are_there()
         t = self.beside.run(self.observe_teacher, batch_inputs)
         with Tap(self.student, **sources(self.student), through=self.through(self._group())) as tap:
