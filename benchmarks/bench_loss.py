@@ -169,17 +169,22 @@ def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
 
 
 def run(
-    device: str, cases: list[Case], quick: bool, advance: Callable[[str], bool], save: Callable[[dict[str, Any]], None]
+    device: str,
+    cases: list[Case],
+    quick: bool,
+    eager: bool,
+    advance: Callable[[str], bool],
+    save: Callable[[dict[str, Any]], None],
 ) -> None:
     """Saves this benchmark's part of the result file after each case; begins none that `advance` says is too late."""
     bandwidth_step = copy_bandwidth(device, 64 if quick else 256)
-    seconds = 0.5 if quick else 3.0
+    seconds = 0.5 if quick else 1.0 if device == "cuda" else 3.0
     found: dict[str, Any] = {"cases": [], "host": {}}
     if advance("host time"):
-        found["host"] = measure_host(implementations(CASE, device, ["torch.compile"]), device)
+        found["host"] = measure_host(implementations(CASE, device, [] if eager else ["torch.compile"]), device)
     for case in cases:
         if advance(case.title):
-            compiled = compiled_for(case, device, quick)
+            compiled = [] if eager else compiled_for(case, device, quick)
             if case.memory == "returned":
                 measured = measure_returned(case, compiled, seconds)
             else:

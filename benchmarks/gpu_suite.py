@@ -1,13 +1,15 @@
 """Everything that a machine with an NVIDIA GPU is needed for, in one call with a time limit.
 
-    python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer bench profile] [--limit SECONDS] [--dry-run]
+    python benchmarks/gpu_suite.py OUT [--parts build tests sanitizer profile bench] [--limit SECONDS] [--dry-run]
 
-Needs nvcc and its own python3 with torch, triton, setuptools, pytest, hypothesis, rich and matplotlib, and no network:
-the package is built in the checkout and runs from it. pytest-xdist, where it is there, lets several processes wait for
-Triton's compiler at once. Writes suite.log, suite.json and the benchmarks' result files to the folder OUT.
+Needs its own python3 with torch, triton, setuptools, pytest, hypothesis, rich and matplotlib, and no network: the
+package runs from the checkout, and is built there, by nvcc, if the libraries in it do not load. pytest-xdist, where it
+is there, lets several processes wait for Triton's compiler at once. Writes suite.log, suite.json and the benchmarks'
+result files to the folder OUT.
 
-Where other parts are to come, tests and sanitizer take no more than their share of the time; a part that is cut off is
-reported as such, and what it had written stays. The benchmarks begin no case that they are not likely to end.
+Tests and sanitizer time nothing, and run at once. Where other parts are to come, a part takes no more than its share of
+the time; one that is cut off is reported as such, and what it had written stays. The benchmarks begin no case that they
+are not likely to end.
 The benchmarks' loss.json holds beside each measured time what benchmarks/model.py predicts. `profile`, only on demand,
 has ncu count what each kernel of a step moves, issues and waits for. With --dry-run, on a machine
 without a GPU, each part goes through what can be gone through there: the build, the collection of the tests marked
@@ -21,14 +23,18 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_STEP = """
@@ -71,20 +77,23 @@ METRICS = (
     "sm__inst_executed.avg.per_cycle_active", "smsp__inst_executed.sum", "smsp__cycles_elapsed.avg.per_second",
     "launch__registers_per_thread",
 )  # fmt: skip
-SHARE = {"tests": 0.5, "sanitizer": 0.4}
+AT_ONCE = (("build",), ("tests", "sanitizer"), ("profile",), ("bench",))
+SHARE = {"tests": 0.5, "sanitizer": 0.5, "profile": 0.4}
 """Of the time that is left, where other parts are to come."""
+LOADS = "import sys; from frs_kernels import backends; sys.exit(backends.why_not('cuda', 'cuda'))"
 
 
-def commands_of(part: str, out: Path, seconds: float, dry_run: bool) -> list[list[str]]:
-    """The commands of a part, which has this much time."""
+def commands_of(part: str, seconds: float, dry_run: bool, bench: list[str]) -> list[list[str]]:
+    """The commands of a part, which has this much time; they run at once."""
     python = sys.executable
     if part == "build":
-        return [[python, "setup.py", "--quiet", "build_ext", "--inplace"]]
+        loads = subprocess.run([python, "-c", LOADS], cwd=ROOT, env=environment(), capture_output=True, check=False)
+        return [] if loads.returncode == 0 else [[python, "setup.py", "--quiet", "build_ext", "--inplace"]]
     if part == "tests":
         pytest = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-q", "tests"]
         if dry_run:
             return [[*pytest, "--collect-only"]]
-        processes = ["-n", "8", "--dist", "worksteal"] if find_spec("xdist") else []
+        processes = ["-n", "12", "--dist", "worksteal"] if find_spec("xdist") else []
         # A level of 2^31 elements takes 17 GB: one test of it at a time.
         large = "2_to_the_31"
         return [[*pytest, *processes, "--durations=10", "-k", f"not {large}"], [*pytest, "-k", large]]
@@ -95,34 +104,48 @@ def commands_of(part: str, out: Path, seconds: float, dry_run: bool) -> list[lis
         ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
         return [] if dry_run else [[*ncu, python, "-c", PROFILED_STEP]]
     quick = ["--quick"] if dry_run else []
-    limit = ["--limit", str(max(1, int(seconds - 45)))]
-    return [[python, "benchmarks/run.py", *quick, *limit, "--out", str(out / "bench")]]
+    limit = ["--limit", str(max(1, int(seconds - 20)))]
+    return [[python, "benchmarks/run.py", *quick, *limit, *bench]]
+
+
+def environment() -> dict[str, str]:
+    return {"FRS_BUILD": "cuda", **os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run(command: list[str], log: Path, seconds: float) -> str:
-    """How it ended: "passed", "failed", "cut off", or "absent" where there is no such program."""
+    """How it ended: "passed", "failed", "cut off", or "absent" where there is no such program.
+
+    What it printed is appended to the log as a whole, as several run at once.
+    """
     if shutil.which(command[0]) is None:
         return "absent"
-    environment = {"FRS_BUILD": "cuda", **os.environ, "PYTHONPATH": str(ROOT)}
+    own = environment()
     if command[0] == "compute-sanitizer":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees each tensor's own bounds
-    with log.open("a") as file:
-        print("$", *(word for word in command if "\n" not in word), file=file, flush=True)
+        own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # so that memcheck sees each tensor's own bounds
+    with tempfile.TemporaryFile("w+") as output:
+        running = subprocess.Popen(command, cwd=ROOT, env=own, stdout=output, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
+            outcome = "passed" if running.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            return "cut off"
-    return "passed" if done.returncode == 0 else "failed"
+            outcome = "cut off"
+            running.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            try:
+                running.wait(10)
+            except subprocess.TimeoutExpired:
+                running.kill()
+        output.seek(0)
+        with log.open("a") as file:
+            file.write(f"$ {' '.join(word for word in command if chr(10) not in word)}\n{output.read()}\n")
+    return outcome
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for logs and results")
-    parts = ("build", "tests", "sanitizer", "bench", "profile")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts[:-1]))
+    parts = [part for group in AT_ONCE for part in group]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[part for part in parts if part != "profile"])
     parser.add_argument("--limit", type=float, default=460, help="seconds in all")
+    parser.add_argument("--bench", default="", help="options for benchmarks/run.py: --bench='--eager'")
     parser.add_argument("--dry-run", action="store_true", help="go through what needs no GPU")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
@@ -130,23 +153,28 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.limit
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "parts": {},
     }
-    for number, part in enumerate(options.parts, 1):
+    bench = [*options.bench.split(), "--out", str(out / "bench")]
+    groups = [[part for part in group if part in options.parts] for group in AT_ONCE]
+    groups = [group for group in groups if group]
+    for number, group in enumerate(groups, 1):
         start = time.monotonic()
-        share = SHARE.get(part, 1.0) if number < len(options.parts) else 1.0
-        until = start + share * (end - start)
-        outcomes = [
-            run(command, out / "suite.log", max(1.0, until - time.monotonic()))
-            for command in commands_of(part, out, until - start, options.dry_run)
-        ]
-        results["parts"][part] = {"outcomes": outcomes, "seconds": round(time.monotonic() - start, 1)}
-        print(part, results["parts"][part], flush=True)
+        share = SHARE.get(group[0], 1.0) if number < len(groups) else 1.0
+        seconds = share * (end - start)
+        commands = [(part, command) for part in group for command in commands_of(part, seconds, options.dry_run, bench)]
+        left = max(1.0, start + seconds - time.monotonic())
+        with ThreadPoolExecutor(max(1, len(commands))) as pool:
+            running = [pool.submit(run, command, out / "suite.log", left) for _, command in commands]
+            outcomes = [each.result() for each in running]
+        for part in group:
+            ended = [outcome for (whose, _), outcome in zip(commands, outcomes, strict=True) if whose == part]
+            results["parts"][part] = {"outcomes": ended, "seconds": round(time.monotonic() - start, 1)}
+            print(part, results["parts"][part], flush=True)
         (out / "suite.json").write_text(json.dumps(results, indent=2) + "\n")
     return 0 if all(o == "passed" for p in results["parts"].values() for o in p["outcomes"]) else 1
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,15 @@ STATUS = Path("/proc/self/status")
 Loss = Callable[..., Tensor]
 GRAPHED = 1 << 30
 """Bytes of a step below which it is timed by graph replay too: at 3 TB/s they take 0.3 ms, as long as Python does."""
+
+
+def commit() -> str:
+    """What is measured; FRS_COMMIT says it where the checkout came without its history."""
+    if "FRS_COMMIT" in os.environ or shutil.which("git") is None:
+        return os.environ.get("FRS_COMMIT", "unknown")
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 class Spread(NamedTuple):

@@ -1,6 +1,6 @@
 """All benchmarks of the loss on this machine: one command, one table, a result file a part, and plots.
 
-    python benchmarks/run.py [--quick] [--parts loss scaling] [--out FOLDER]
+    python benchmarks/run.py [--quick] [--eager] [--parts loss scaling] [--out FOLDER]
 
 Writes loss.json and scaling.json, and the plots, to FOLDER/<device>/; `--out benchmarks/results` is how the committed
 ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step of mmdetection is
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from datetime import datetime, timezone
@@ -27,18 +26,15 @@ import report
 import torch
 import torch._inductor.config as inductor
 from grid import loss_cases
-from measure import keep_memory
+from measure import commit, keep_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import frs_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def describe(device: str) -> dict[str, Any]:
     """The machine, the versions and the commit: without them a figure means nothing."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "device": device_name(device),
         "kind": device,
@@ -46,7 +42,7 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "frs_kernels": frs_kernels.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":
@@ -71,6 +67,7 @@ def folder_of(out: Path, device: str) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small images, few rounds: for a look")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile, which takes longer than all the rest")
     parser.add_argument("--parts", nargs="+", choices=("loss", "scaling"), default=["loss", "scaling"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no case is begun")
@@ -98,7 +95,7 @@ def main() -> int:
             (folder / f"{part}.json").write_text(json.dumps(head | found, indent=1) + "\n")
 
         if cases:
-            bench_loss.run(device, cases, options.quick, advance, lambda found: save("loss", found))
+            bench_loss.run(device, cases, options.quick, options.eager, advance, lambda found: save("loss", found))
         if "scaling" in options.parts:
             bench_scaling.run(device, options.quick, advance, lambda found: save("scaling", found))
         progress.update(task, description="done", completed=total)
