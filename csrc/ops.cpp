@@ -21,7 +21,7 @@ namespace {
 struct Queue {  // the device and stream that the tensors' work goes to
 #ifdef USE_CUDA
   explicit Queue(const Given& like) : guard(like.device.index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device.index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device.index(), &stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
 #else
@@ -336,7 +336,7 @@ void scale_op(const Tensors& grads, const Tensor& factor) {
   const Queue queue{Given(factor)};
   for (const Tensor& grad : apart) {
     StableIValue stack[] = {torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that came back
   }
   const Scale call{runs.data(), static_cast<int64_t>(runs.size()), factor.const_data_ptr(),

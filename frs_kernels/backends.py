@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -59,10 +60,23 @@ def _why_not_native(backend: str, device_type: str) -> str | None:
     return _why_no_gpu() if backend == "cuda" else None
 
 
+def _driver_version() -> int:
+    """The newest CUDA that the driver knows, as in 13020 for 13.2; 0 where there is no driver.
+
+    Of the driver itself: torch has no public name for it, and `torch._C._cuda_getDriverVersion` is not in every release.
+    """
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 @functools.cache
 def _why_no_code() -> str | None:
     """Why the CUDA library has no code for a GPU in sight, if it has none."""
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    driver = _driver_version()
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if (reason := native.why_no_code(10 * major + minor, driver)) is not None:

@@ -44,7 +44,7 @@ def l1(x: Tensor, z: Tensor, _: float, want_value: bool = True) -> ValueAndSlope
 
 def smooth_l1(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSlope:
     """Both halves as one: with slope = d / beta, clamped to [-1, 1], the value is slope (d - slope beta / 2)."""
-    if beta == 0:
+    if beta < torch.finfo(x.dtype).tiny:  # a GPU divides by a number through its reciprocal, which is infinite then
         return l1(x, z, beta, want_value)
     d = x - z
     slope = (d / beta).clamp_(-1, 1)

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from frs_kernels import backends, checks, native
 from frs_kernels.autograd import Call, imitation
 from frs_kernels.levels import Levels, accumulate_dtype, split_levels
+from frs_kernels.losses import LOSSES
 from frs_kernels.ops import VERBS
 from frs_kernels.options import Options, Table, Weight, make_table, make_table_once
 from frs_kernels.results import Richness
@@ -119,7 +120,9 @@ def _imitate_pairs(
             scores, norm = VERBS[backend].score(teacher_logits)
     if process_group is not None and norm is not None:
         norm = _average(norm, process_group)
-    logits = () if scores is not None or teacher_logits is None or like is teacher_logits else teacher_logits
+    logits: Levels = ()  # the first term's teachers, where that is the class term
+    if scores is None and teacher_logits is not None and not LOSSES[pairs[0].loss].takes_logits:
+        logits = teacher_logits
     table = _table_of(pairs, options)
     call = Call(backend, table, teacher, logits, scores, norm, weight, factor, modes, return_terms)
     loss, *found = imitation(call, student)

@@ -195,4 +195,11 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
     if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor == 1:
         return  # the usual case; on a GPU the host would have to wait to know
     for grad in grads:
-        grad.mul_(factor.to(accumulate_dtype(grad)))
+        wide = accumulate_dtype(grad)
+        if grad.dtype == wide or grad.device.type == "cpu":
+            grad.mul_(factor.to(wide))
+            continue
+        for (part,) in _blocks(
+            grad
+        ):  # on a GPU mul_ casts a 0-dim tensor first: a loss scale of 65536 is infinite in fp16
+            part.copy_(part.to(wide).mul_(factor))

@@ -118,7 +118,8 @@ def test_inductor_copies_no_gradient_before_it_scales_it(rng, backend, device):
     expected = torch.autograd.grad(fsr_loss(*p.inputs, backend=backend) * 3, p.student)
     grads, codes = run_and_get_code(lambda: torch.autograd.grad(loss(), p.student))
     assert_same(grads, expected)
-    assert not [line for code in codes for line in code.splitlines() if "clone" in line or "scale_" in line]
+    lines = [line for code in codes for line in code.splitlines() if "inductor_meta" not in line]  # Triton's options
+    assert not [line for line in lines if "clone" in line or "scale_" in line]
 
 
 @each_backend

@@ -175,7 +175,7 @@ def test_a_gpu_that_the_cuda_library_cannot_serve_is_another_backends(monkeypatc
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     monkeypatch.setattr(backends, "_HAS_CC", True)
     monkeypatch.setattr(backends, "_INTERPRET", False)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(backends, "_driver_version", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
     for cached in (backends._why_no_code, backends._oldest):
