@@ -162,10 +162,14 @@ def compiled_for(case: Case, device: str, quick: bool) -> list[str]:
         return ["torch.compile"]
     if quick:
         return ["torch.compile"] if case.dtype == "fp32" and case.regime == "gfl" else []
-    if case.height > 800 or (device == "cuda" and (case.batch > 2 or case.dtype == "fp16")):
+    if case.height > 800:
         return []
-    both = case.dtype == "bf16" and case.batch == 2 if device == "cuda" else case.dtype == "fp32" and case.batch == 1
-    return list(COMPILED) if both else ["torch.compile"]
+    if device == "cuda":
+        both = case.dtype == "bf16" and case.regime == "gfl"
+        wanted = case.dtype in ("fp32", "bf16") and (case.height, case.batch) == (800, 2)
+    else:
+        both, wanted = case.dtype == "fp32" and case.batch == 1, True
+    return list(COMPILED) if both and wanted else ["torch.compile"] if wanted else []
 
 
 def run(

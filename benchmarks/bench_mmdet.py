@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleaved, peak_extra, spread
+from measure import interleaved, peak_extra, spread, timed
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -140,21 +139,6 @@ def case(name: str, size: tuple[int, int], batch: int, rounds: int, device: str)
     }
 
 
-def timed(step: Any, device: str) -> Any:
-    """Seconds of a call, by the host's clock: a whole step is long."""
-
-    def call() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    return call
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=(192, 256), help="of the images, height and width")
@@ -171,7 +155,9 @@ def main() -> None:
     versions = {name: version(name) for name in ("onedl-mmdetection", "onedl-mmcv", "onedl-mmengine")}
     folder = folder_of(options.out, device)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(describe(device) | versions | {"cases": results}, indent=1) + "\n")
+    (folder / "step.json").write_text(
+        json.dumps(describe(device) | versions | {"framework": "mmdetection", "cases": results}, indent=1) + "\n"
+    )
     show(Console(width=None if sys.stdout.isatty() else 130), folder)
 
 

@@ -120,13 +120,12 @@ def loss_cases(device: str, quick: bool) -> Iterator[Case]:
     elif device == "cpu":
         for size in ((400, 672, 1), (800, 1344, 2)):
             yield from (Case(regime, *size, memory="returned") for regime in STRIDES)
+    main = sizes[0]
     for size in sizes:
-        main = size == sizes[0]
-        for dtype in ("fp32", "bf16", "fp16") if main or device == "cuda" else ("fp32",):
+        for dtype in ("fp32", "bf16", "fp16") if size == main or device == "cuda" else ("fp32",):
             yield from (Case(regime, *size, dtype) for regime in STRIDES)
-        if main:
-            for regime in STRIDES:
-                base = Case(regime, *size)
-                yield replace(base, layout="channels_last")
-                yield replace(base, scale=3.0)
-                yield replace(base, dtype="fp16", scale=1024.0)
+    for regime in STRIDES:
+        base = Case(regime, *main)
+        yield replace(base, layout="channels_last")
+        yield replace(base, scale=3.0)
+        yield replace(base, dtype="fp16", scale=1024.0)

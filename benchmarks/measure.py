@@ -88,6 +88,21 @@ class Step:
         return events[0].elapsed_time(events[1]) / 1e3, events[1].elapsed_time(events[2]) / 1e3
 
 
+def timed(step: Callable[[], object], device: str) -> Callable[[], float]:
+    """Seconds of a call, by the host's clock: a whole step is long."""
+
+    def call() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return call
+
+
 def keep_memory() -> None:
     """Have the C library keep freed memory for the next step, as torch's allocator on a GPU does, and jemalloc.
 

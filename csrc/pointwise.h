@@ -144,8 +144,8 @@ FRS_INLINE Pointwise<V> bernoulli(V x, V z) {
   return {value, Primitives<V>::mirror(x, slope)};
 }
 
-// A loss: its name; whether it takes logits, which a temperature divides; how many packets of 16 bytes of x and of z a
-// GPU's thread keeps under way; and value and slope, given the beta of smooth_l1 in the scalar type of V.
+// A loss: its name; whether it takes logits, which a temperature divides; and value and slope, given the beta of
+// smooth_l1 in the scalar type of V.
 template <Loss>
 struct Traits;
 
@@ -153,7 +153,6 @@ template <>
 struct Traits<Loss::mse> {
   static constexpr const char* name = "mse";
   static constexpr bool takes_logits = false;
-  static constexpr int packets = 4;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     const V d = x - z;
@@ -165,7 +164,6 @@ template <>
 struct Traits<Loss::l1> {
   static constexpr const char* name = "l1";
   static constexpr bool takes_logits = false;
-  static constexpr int packets = 4;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     const V d = x - z;
@@ -177,7 +175,6 @@ template <>
 struct Traits<Loss::smooth_l1> {
   static constexpr const char* name = "smooth_l1";
   static constexpr bool takes_logits = false;
-  static constexpr int packets = 4;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S beta) {
     const V d = x - z, a = magnitude(d), far = a - beta * 0.5f;
@@ -190,7 +187,6 @@ template <>
 struct Traits<Loss::bce> {
   static constexpr const char* name = "bce";
   static constexpr bool takes_logits = true;
-  static constexpr int packets = 2;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     return bernoulli<false>(x, z);
@@ -201,7 +197,6 @@ template <>
 struct Traits<Loss::kl> {
   static constexpr const char* name = "kl";
   static constexpr bool takes_logits = true;
-  static constexpr int packets = 2;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     return bernoulli<true>(x, z);

@@ -73,7 +73,6 @@ template <>
 struct Traits<Loss::quartic> {
   static constexpr const char* name = "quartic";
   static constexpr bool takes_logits = false;
-  static constexpr int packets = 4;
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     const V d = x - z, square = d * d;

@@ -71,8 +71,12 @@ __device__ __forceinline__ typename W::A work_tile(const ImitateRow& row, const 
 // What is wanted, as far as it is known when a kernel is compiled.
 enum class Want { both, loss, grad, any };
 
+// Blocks of a multiprocessor: the more, the more loads are under way. As many as leave a kernel's registers unspilled.
+template <class A, int V, Want WANT>
+constexpr int RESIDENT = sizeof(A) == 8 || WANT == Want::any ? 4 : V == 4 ? 8 : 7;
+
 template <class S, class T, class A, int V, class LOSSES, Want WANT>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, RESIDENT<A, V, WANT>)
     imitate_kernel(const __grid_constant__ ImitateTable table, const __grid_constant__ ImitateCall call) {
   constexpr bool WANT_LOSS = WANT != Want::grad, WANT_GRAD = WANT != Want::loss, ANY = WANT == Want::any;
   [[maybe_unused]] alignas(16) __shared__ A shares[MAX_SHARES + V];
@@ -94,17 +98,21 @@ __global__ void __launch_bounds__(THREADS, 4)
   const double* const sums = sum_rows(call.workspace, table, [&](uint32_t i, double s) {
     values[call.call_terms + table.rows[i].entry] = static_cast<A>(s);
   });
-  if (threadIdx.x != 0) return;
-  double total = *call.workspace.total;
-  for (uint32_t t = 0; t < call.launch_terms; ++t) {
+  __shared__ double weighted[MAX_TERMS];
+  const uint32_t t = threadIdx.x;  // a thread a term
+  if (t < call.launch_terms) {
     const ImitateTerm& term = call.terms[t];
     double value = 0;
     for (uint32_t i = 0; i < table.count; ++i) value += table.rows[i].term == t ? sums[i] : 0;
-    total += term.upstream() * value;
+    weighted[t] = term.upstream() * value;
     value += call.workspace.terms[term.number];
     call.workspace.terms[term.number] = value;
     values[term.number] = static_cast<A>(value);
   }
+  __syncthreads();
+  if (t != 0) return;
+  double total = *call.workspace.total;
+  for (uint32_t i = 0; i < call.launch_terms; ++i) total += weighted[i];
   *call.workspace.total = total;
   *static_cast<A*>(call.total) = static_cast<A>(total);
 }
@@ -234,15 +242,17 @@ void cut(const Entry& entry, int64_t size, int width, ImitateRow& row) {
   row.col_tiles = cdiv(column_count, row.columns);
 }
 
-// Numbers of a tile: up to four rounds of MAX_PACKETS packets a thread, eight where there are more than enough, as long
-// as some BLOCKS blocks remain.
+// Numbers of a tile. The longer a tile, the less of its time is its beginning and end; the fewer there are, the more of
+// them the last to end keep waiting. Rounds are of ROUND packets a thread: as many as leave some BLOCKS blocks, at most
+// 8, or 16 where there are more than enough (docs/performance.md).
 int64_t tile_size(const Imitate& call, int width) {
+  constexpr int64_t ROUND = 4;
   int64_t numbers = 0;
   for (int64_t i = 0; i < call.count; ++i)
     numbers += is_empty(call.entries[i]) ? 0 : call.entries[i].n * call.entries[i].c * call.entries[i].positions();
-  const int64_t round = static_cast<int64_t>(THREADS) * MAX_PACKETS * std::max(width, 2);
-  const int64_t rounds = numbers / (round * BLOCKS);
-  return round * (rounds >= 32 ? 8 : std::clamp<int64_t>(rounds, 1, 4));
+  const int64_t round = static_cast<int64_t>(THREADS) * ROUND * std::max(width, 2);
+  const int64_t rounds = (numbers + round * BLOCKS / 2) / (round * BLOCKS);
+  return round * (rounds >= 64 ? 16 : std::clamp<int64_t>(rounds, 1, 8));
 }
 
 // Fills the table; returns the number of blocks.

@@ -41,7 +41,7 @@ __device__ __forceinline__ int64_t position_offset(const Operand& operand, uint3
   return p / width * operand.h + p % width * operand.w;
 }
 
-// n / d for n < 2^16, given divider(d): a multiplication.
+// n / d where n d < 2^32, given divider(d): a multiplication.
 inline uint32_t divider(uint32_t d) { return d == 1 ? 0 : UINT32_MAX / d + 1; }
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t divider) { return divider ? __umulhi(n, divider) : n; }
 

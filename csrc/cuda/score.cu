@@ -271,7 +271,7 @@ Shares shares_of(const Level& level, int widest, uint32_t at_least_lanes) {
   const auto more = [&] {
     if (lanes >= most) return false;
     if (lanes < at_least_lanes) return lanes < length;
-    return lanes < 16 && lanes * (level.interleaved ? 5 : 10) < length;
+    return level.interleaved ? lanes < 16 && lanes * 5 < length : lanes < 8 && lanes * 10 < length;
   };
   while (more()) lanes *= 2;
   uint32_t log = 0;

@@ -68,32 +68,37 @@ __device__ __forceinline__ bool store_partial(const Workspace& workspace, uint32
 }
 
 // In the last block: the sums of the slots of every row of the table, given to write(row, sum) by a thread each, and
-// left in shared memory: sums[row].
+// left in shared memory: sums[row]. Warps take chunks of slots in turn, so that short rows do not wait for one another:
+// ten rows, one after another, took 4 us of a step of 25.
 template <class E, class F>
 __device__ __forceinline__ const double* sum_rows(const Workspace& workspace, const Table<E>& table, const F& write) {
   __shared__ double parts[MAX_ROWS][WARPS];
   __shared__ double sums[MAX_ROWS];
+  constexpr uint32_t UNDER_WAY = 8, CHUNK = UNDER_WAY * WARP;
+  const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  uint32_t turn = 0;
   for (uint32_t row = 0; row < table.count; ++row) {
     double sum = 0;
+    bool took = false;  // the same in a whole warp
     const uint32_t last = table.starts[row + 1];
-    // Eight under way before the first is added: 42,000 slots, a large batch, are 41 trips to L2 and not 330. __ldcg
-    // goes past L1, which may hold a line from before the others' stores.
-    constexpr uint32_t UNDER_WAY = 8;
-    for (uint32_t slot = table.starts[row] + threadIdx.x; slot < last; slot += UNDER_WAY * THREADS) {
+    for (uint32_t slot = table.starts[row] + lane; slot - lane < last; slot += CHUNK) {
+      if (turn++ % WARPS != warp) continue;
+      took = true;
       double held[UNDER_WAY];
+      // __ldcg goes past L1, which may hold a line from before the others' stores.
 #pragma unroll
       for (uint32_t i = 0; i < UNDER_WAY; ++i)
-        held[i] = slot + i * THREADS < last ? __ldcg(workspace.slots + slot + i * THREADS) : 0;
+        held[i] = slot + i * WARP < last ? __ldcg(workspace.slots + slot + i * WARP) : 0;
 #pragma unroll
       for (uint32_t i = 0; i < UNDER_WAY; ++i) sum += held[i];
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) parts[row][threadIdx.x / WARP] = sum;
+    if (took) sum = warp_sum(sum);
+    if (lane == 0) parts[row][warp] = sum;
   }
   __syncthreads();
   if (threadIdx.x < table.count) {
     double sum = 0;
-    for (uint32_t warp = 0; warp < WARPS; ++warp) sum += parts[threadIdx.x][warp];
+    for (uint32_t w = 0; w < WARPS; ++w) sum += parts[threadIdx.x][w];
     sums[threadIdx.x] = sum;
     write(threadIdx.x, sum);
   }

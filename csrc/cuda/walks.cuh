@@ -14,7 +14,7 @@
 namespace frs::cuda {
 
 constexpr uint32_t MAX_SHARES = 2048;  // of a tile in shared memory: 8 KB, 16 in fp64
-constexpr int MAX_PACKETS = 4;         // under way at once
+constexpr int PACKETS = 2;             // of x and of z that a thread keeps under way
 
 enum class Walk : uint8_t { lines, run, positions, numbers };
 
@@ -67,7 +67,6 @@ struct Work {
   static constexpr Loss LOSS = LOSS_;
   static constexpr bool TEMPERED = TEMPERED_ && Traits<LOSS>::takes_logits;
   static constexpr bool WANT_LOSS = WANT_LOSS_, WANT_GRAD = WANT_GRAD_, CHECK_GRAD = CHECK_GRAD_;
-  static constexpr int PACKETS = V < 8 ? MAX_PACKETS : Traits<LOSS>::packets;  // under way at once
 
   static __device__ __forceinline__ bool wants_grad(const ImitateRow& row) {
     return WANT_GRAD && (!CHECK_GRAD || row.grad.data);
@@ -152,7 +151,7 @@ __device__ __forceinline__ typename W::A walk_lines(const ImitateRow& row, const
   using A = typename W::A;
   using S = typename W::S;
   using T = typename W::T;
-  constexpr int V = W::V, U = W::PACKETS;
+  constexpr int V = W::V, U = PACKETS;
   const uint32_t warp = threadIdx.x / WARP, column = threadIdx.x % WARP * V;
   const bool inside = column < tile.columns;
   const uint32_t p = tile.column + column, line = tile.line + warp;
@@ -193,7 +192,7 @@ __device__ __forceinline__ typename W::A walk_flat(const ImitateRow& row, const 
   using A = typename W::A;
   using S = typename W::S;
   using T = typename W::T;
-  constexpr int V = W::V, U = W::PACKETS;
+  constexpr int V = W::V, U = PACKETS;
   const uint32_t in_line = (RUN ? tile.columns : row.columns) / V, end = tile.lines * in_line;
   const auto corner = [&](const Operand& o) { return tile.n * o.n + tile.column + (RUN ? 0 : tile.line * o.w); };
   const char* const x = address<S>(row.student, corner(row.student));

@@ -218,7 +218,10 @@ def _calls(model: nn.Module, run: Run) -> Counter[nn.Module]:
 
 
 def _parts_to_compile(model: nn.Module, calls: Counter[nn.Module], tapped: Collection[str]) -> list[nn.Module]:
-    """The largest modules that are called once; a head that is called once a level would be compiled for each size."""
+    """The largest modules that are called once, in the order of their calls.
+
+    A head that is called once a level would be compiled for each size.
+    """
     seen = {model.get_submodule(name) for name in tapped}
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -229,16 +232,24 @@ def _parts_to_compile(model: nn.Module, calls: Counter[nn.Module], tapped: Colle
             inside |= set(module.modules())
     if not found:
         raise ValueError("compile: the teacher has no part that runs once in a pass and in which nothing is tapped")
-    return found
+    return sorted(found, key=list(calls).index)
 
 
-def _compile(module: Any, options: Mapping[str, Any]) -> None:
+def _compile(module: Any, options: Mapping[str, Any], first: bool) -> None:
     """nn.Module.compile, which for torch's own containers does nothing (2.13): Dynamo skips frames of torch's files."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    module._compiled_call_impl = torch.compile(call, **options)
+    compiled = torch.compile(call, **options)
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args, **kwargs)
+
+    # Else each part's call would begin a step of its own, in which the outputs of the parts before are overwritten.
+    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    module._compiled_call_impl = begin if first and graphs else compiled
 
 
 def _free(model: nn.Module, run: Run, calls: Counter[nn.Module]) -> None:
