@@ -148,7 +148,8 @@ def show(console: Console, folder: Path) -> None:
 
     if record := read(folder, "step"):
         size = "{0[0]}×{0[1]}".format(record["cases"][0]["size"])
-        title = f"a training step of {record.get('framework', 'mmdetection')}, {size}, batch {record['cases'][0]['batch']}, fp32"
+        framework, batch = record.get("framework", "mmdetection"), record["cases"][0]["batch"]
+        title = f"a training step of {framework}, {size}, batch {batch}, fp32"
         table = Table("", *STEP_COLUMNS, title=title)
         for name, arm, cells in step_rows(record):
             if arm == "student alone":
