@@ -24,8 +24,8 @@ from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 Loss = Callable[..., Tensor]
-GRAPHED = 1 << 30
-"""Bytes of a step below which it is timed by graph replay too: at 3 TB/s they take 0.3 ms, as long as Python does."""
+GRAPHED = 1 << 33
+"""Bytes of a step below which it is timed by graph replay too. At 4 TB/s they take 2 ms; a slow host's Python takes 1."""
 
 
 def commit() -> str:

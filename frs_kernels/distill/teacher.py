@@ -79,7 +79,7 @@ def fast_teacher(
     if channels_last:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in parts:
-        _compile(part, compile if isinstance(compile, Mapping) else {})
+        _compile(part, compile if isinstance(compile, Mapping) else {}, first=part is parts[0])
     return made
 
 
