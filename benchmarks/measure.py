@@ -3,7 +3,7 @@
 On the CPU a round runs every implementation once, one after another, so that a slow moment of the machine hits all;
 each run is preceded by an untimed one of the same, as in training: the first may meet memory that the system hands out
 for the first time, or has taken back. On a GPU time is CUDA events', over copies of the inputs that together exceed the
-L2 cache three times; a step of up to 1 GB is also timed as replays of a CUDA graph, without what the host takes.
+L2 cache three times; a step is also timed as replays of a CUDA graph, without what the host takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 STATUS = Path("/proc/self/status")
 Loss = Callable[..., Tensor]
 GRAPHED = 1 << 33
-"""Bytes of a step below which it is timed by graph replay too. At 4 TB/s they take 2 ms; a slow host's Python takes 1."""
+"""Bytes of a step below which it is timed by graph replay too: 2 ms at 4 TB/s; a slow host takes 1 for Python."""
 
 
 def commit() -> str:

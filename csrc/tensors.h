@@ -143,8 +143,7 @@ Tensor empty(int64_t dims, const int64_t* shape, const int64_t* strides, ScalarT
   AtenTensorHandle made;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const auto device = torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.device.type()));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, shape, strides, type, device, like.device.index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape, strides, type, device, like.device.index(), &made));
   return Tensor(made);
 }
 

@@ -63,7 +63,7 @@ def _why_not_native(backend: str, device_type: str) -> str | None:
 def _driver_version() -> int:
     """The newest CUDA that the driver knows, as in 13020 for 13.2; 0 where there is no driver.
 
-    Of the driver itself: torch has no public name for it, and `torch._C._cuda_getDriverVersion` is not in every release.
+    Asked of the driver itself: torch has no public name for it, and its private one is not in every release.
     """
     version = ctypes.c_int()
     try:

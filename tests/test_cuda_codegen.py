@@ -103,7 +103,7 @@ def test_a_round_keeps_all_its_packets_under_way(walks):
             if walk.walk not in sass.WALKS or not walk.loss:
                 continue
             _, student, teacher, _, width, _, want = walk.kernel
-            packets = 2 if walk.loss == "bce" and width == "8" else 4
+            packets = 2
             narrow = {64: packets} if student != teacher else {}
             assert walk.loads == {128: packets if narrow else 2 * packets, **narrow}, str(walk)
             assert walk.stores == ({} if want == "loss" else {128: packets}), str(walk)

@@ -58,7 +58,7 @@ class Fault(NamedTuple):
         return f"{self.file}: {self.old.strip()} -> {self.new.strip() or 'nothing'} [{self.which}]"
 
 
-BARRIERS = {"score.cu": 1, "walks.cuh": 3, "slots.cuh": 4}
+BARRIERS = {"imitate.cu": 1, "score.cu": 1, "walks.cuh": 3, "slots.cuh": 4}
 # The object that has a fault in a header stands for all that use it.
 USED_BY = {"walks.cuh": "imitate", "slots.cuh": "score", "memory.cuh": "score"}
 FAULTS = [
@@ -78,7 +78,9 @@ FAULTS = [
         Fault(file, "__syncthreads();", "", "thread", "data race", which)
         for file, count in BARRIERS.items()
         for which in range(count)
-        if (file, which) != ("slots.cuh", 3)  # of the sums of the rows, which only imitate reads
+        # Of the sums of the rows, which only imitate reads, and of the terms': where the result is wrong by chance, and
+        # the sanitizer sees no race. compute-sanitizer does, on a GPU.
+        if (file, which) not in (("slots.cuh", 3), ("imitate.cu", 0))
     ),
     Fault("slots.cuh", "__syncthreads();\n  return sums;", "return sums;", "thread", "FAILED one", of="imitate"),
     # results
@@ -89,6 +91,7 @@ FAULTS = [
     Fault("walks.cuh", "% row.positions;", "% (row.positions + 1);", "none", "FAILED one"),
     Fault("imitate.cu", "table.starts[index + 1] - 1 - blockIdx.x", "0", "none", "FAILED"),
     Fault("imitate.cu", "value += call.workspace.terms[term.number];", "", "none", "FAILED"),
+    Fault("imitate.cu", "if (t < call.launch_terms) {", "if (t < 1) {", "none", "FAILED"),
     Fault("slots.cuh", "if (is_last) *workspace.counter = 0;", "", "none", "FAILED"),
     Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,22 @@ def test_a_gpu_that_the_cuda_library_cannot_serve_is_another_backends(monkeypatc
     others = "triton" if min(gpus) >= (8, 0) else "torch"  # Triton's kernels, too, are for sm_80 and later
     assert name == ("cuda" if why is None else others)
     assert reason is None if why is None else reason.startswith(why)
+
+
+def test_the_drivers_version_is_asked_of_the_driver(monkeypatch):
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(to: Any) -> int:
+            to._obj.value = 13020
+            return 0
+
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda name: {"libcuda.so.1": Driver}[name])
+    assert backends._driver_version() == 13020
+    monkeypatch.setattr(backends.ctypes, "CDLL", missing)
+    assert backends._driver_version() == 0
 
 
 def test_rocm_takes_torch_without_a_word(monkeypatch, recwarn):

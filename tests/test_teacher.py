@@ -283,6 +283,19 @@ def test_parts_that_run_once_and_are_not_tapped_are_compiled():
     assert torch.equal(other(x)["loss_frs_feat"], d(x)["loss_frs_feat"])
 
 
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize(("mode", "marks"), [("reduce-overhead", 1), ("default", 0)])
+def test_a_pass_of_compiled_parts_is_one_step_of_their_cuda_graphs(monkeypatch, mode, marks):
+    """Else each part would begin one, and overwrite what the parts before it gave out."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: order.append("step"))
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *args: order.append("part") or call(*args))
+    d, x = distiller(teacher=Normed(9), fast_teacher={"compile": {"mode": mode}}), images()
+    order.clear()
+    d(x)
+    assert order == ["step"] * marks + ["part"] * 3
+
+
 def test_which_parts_are_compiled(net):
     def parts(model: nn.Module, **options: Any) -> list[str]:
         fast = fast_teacher(model, run(images()), compile={"backend": "eager"}, **options)

@@ -8,8 +8,10 @@
     mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
-    speed, speed-short,
-    targets, ladder         benchmarks/results, with its plots
+    speed, speed-cpu,
+    speed-short,
+    targets, gpu-targets,
+    ladder                  benchmarks/results, with its plots
     measured FOLDER         all of one folder there, on a page of its own, docs/measured/FOLDER.md
 
 Nobody types them. A block that ends in -short has some rows of the other, for README.md.
@@ -139,16 +141,16 @@ def speed_table(cases: list[dict[str, Any]]) -> list[str]:
         roof = 100 * measured["bytes"] / timed[ours] / measured["copy_bandwidth"]
         rivals = (min((timed[n] for n in timed if n.startswith(rival)), default=None) for rival in SHOWN)
         body.append([
-            Case(**measured["case"]).title, f"{1e3 * timed[ours]:.2f}", f"{roof:.0f}",
-            *("" if t is None else f"{1e3 * t:.1f} = {t / timed[ours]:.1f}×" for t in rivals),
+            Case(**measured["case"]).title, report.milliseconds(timed[ours]), f"{roof:.0f}",
+            *("" if t is None else f"{report.milliseconds(t)} = {t / timed[ours]:.1f}×" for t in rivals),
         ])  # fmt: skip
     columns = ("forward + backward", "frs_kernels, ms", "% of copy", *(f"{rival}, ms" for rival in SHOWN))
     return markdown(columns, body)
 
 
-def speed() -> list[str]:
-    """The main grid on the first device."""
-    folder = devices()[0]
+def speed(kind: str | None = None) -> list[str]:
+    """The main grid on the first device, or the first of a kind."""
+    folder = next(each for each in devices() if kind in (None, report.read(each, "loss")["kind"]))
     record = report.read(folder, "loss")
     plot = f"![times of the rivals](../benchmarks/results/{folder.name}/ratios.png)"
     return [heading(record), "", *speed_table(report.plain(record)), "", plot]
@@ -204,14 +206,50 @@ def targets() -> list[str]:
     return lines[:-1]
 
 
+def gpu_targets() -> list[str]:
+    """What was aimed at on a GPU, and what was seen."""
+    lines: list[str] = []
+    for folder in devices():
+        record = report.read(folder, "loss")
+        if record["kind"] != "cuda":
+            continue
+        body = []
+        for measured in report.by_regime(record):
+            case, timed = Case(**measured["case"]), report.timed(measured["implementations"])
+            ours, triton = timed["frs_kernels cuda"], timed["frs_kernels triton"]
+            roof, wanted = 100 * measured["bytes"] / ours / measured["copy_bandwidth"], None
+            if case.height >= 800:
+                wanted = 85 if case.dtype == "fp16" else 80 if case.batch == 2 else 90
+            model = measured["bytes"] / measured["model"]["seconds"] / measured["copy_bandwidth"]
+            compiled = [timed[name] for name in timed if name.startswith("torch.compile")]
+            verdict = "" if wanted is None else " met" if roof >= wanted else f" of {wanted}, **missed**"
+            body.append([
+                case.title, f"{roof:.0f}{verdict}", f"{100 * model:.0f}",
+                target(timed[SHOWN[0]] / ours, timed[SHOWN[0]] / ours >= 8) if SHOWN[0] in timed else "",
+                target(min(compiled) / ours, min(compiled) / ours >= 1.5) if compiled else "",
+                f"{triton / ours:.2f}× {'met' if triton <= 1.15 * ours else '**missed**'}",
+            ])  # fmt: skip
+        columns = (
+            "", "% of copy", "predicted", "at least 8× the authors' form", "at least 1.5× torch.compile",
+            "`triton` at most 1.15× `cuda`",
+        )  # fmt: skip
+        lines += [heading(record), "", *markdown(columns, body), ""]
+        ratio = record["host"]["frs_kernels cuda"]["seconds"] / record["host"][TRIVIAL]["seconds"]
+        met = target(ratio, ratio <= TARGET)
+        lines += [f"A step on one position per level, at most {TARGET}× a trivial `autograd.Function`: {met}.", ""]
+    return lines[:-1]
+
+
 BLOCKS = {
     "speed": (speed, (ROOT / "docs" / "performance.md",)),
+    "speed-cpu": (partial(speed, "cpu"), (ROOT / "docs" / "performance.md",)),
     "speed-short": (speed_short, (ROOT / "README.md",)),
     **{
         f"measured {folder.name}": (partial(measured, folder), (ROOT / "docs" / "measured" / f"{folder.name}.md",))
         for folder in devices()
     },
     "targets": (targets, (ROOT / "docs" / "performance.md",)),
+    "gpu-targets": (gpu_targets, (ROOT / "docs" / "performance.md",)),
     "digits": (digits, (EXAMPLES / "digits" / "README.md",)),
     "digits-short": (digits_short, (ROOT / "README.md",)),
     "studies": (studies, (ROOT / "docs" / "math.md",)),

@@ -71,9 +71,15 @@ __device__ __forceinline__ typename W::A work_tile(const ImitateRow& row, const 
 // What is wanted, as far as it is known when a kernel is compiled.
 enum class Want { both, loss, grad, any };
 
-// Blocks of a multiprocessor: the more, the more loads are under way. As many as leave a kernel's registers unspilled.
+// Blocks of a multiprocessor: the more, the more loads are under way. As many as leave a kernel's registers unspilled,
+// which is one more on sm_90.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int MORE = 1;
+#else
+constexpr int MORE = 0;
+#endif
 template <class A, int V, Want WANT>
-constexpr int RESIDENT = sizeof(A) == 8 || WANT == Want::any ? 4 : V == 4 ? 8 : 7;
+constexpr int RESIDENT = sizeof(A) == 8 || WANT == Want::any ? 4 : (V == 4 ? 7 : 6) + MORE;
 
 template <class S, class T, class A, int V, class LOSSES, Want WANT>
 __global__ void __launch_bounds__(THREADS, RESIDENT<A, V, WANT>)
