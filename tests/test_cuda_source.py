@@ -79,7 +79,7 @@ FAULTS = [
         for file, count in BARRIERS.items()
         for which in range(count)
         # Of the sums of the rows, which only imitate reads, and of the terms': where the result is wrong by chance, and
-        # the sanitizer sees no race. compute-sanitizer does, on a GPU.
+        # the sanitizer sees no race; on a GPU that is for compute-sanitizer.
         if (file, which) not in (("slots.cuh", 3), ("imitate.cu", 0))
     ),
     Fault("slots.cuh", "__syncthreads();\n  return sums;", "return sums;", "thread", "FAILED one", of="imitate"),
