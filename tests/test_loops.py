@@ -1,0 +1,252 @@
+"""What a loop does to a loss beside calling it: checkpoints, accumulation, hooks, export, threads, forks, many steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKENDS, each_backend, relative, run, same_bits
+from environment import python_environment
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from truth import Pyramid, pyramid
+
+from frs_kernels import FeatureAdapter, FSRLoss, backends, fsr_loss
+
+SIZES = ((2, 6, 7), (2, 3, 4))
+HELPERS = Path(__file__).parent / "helpers"
+HERE = [name for name, device in BACKENDS if device == "cpu" and backends.why_not(name, device) is None]
+each_here = pytest.mark.parametrize("backend", HERE)
+
+
+def small(rng: torch.Generator, device: str = "cpu", **options: Any) -> Pyramid:
+    return pyramid(rng, sizes=SIZES, channels=6, classes=9, device=device, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_activation_checkpointing_around_student_and_loss(rng, backend, device, reentrant):
+    p = small(rng, device)
+    torch.manual_seed(0)
+    neck, head = nn.Conv2d(6, 6, 1).to(device), nn.Conv2d(6, 9, 1).to(device)
+    parameters = [*neck.parameters(), *head.parameters()]
+
+    def step(*images: Tensor) -> Tensor:
+        feats = [neck(v) for v in images]
+        return fsr_loss(feats, p.t, [head(v) for v in feats], p.z, backend=backend)
+
+    images = [v.detach().requires_grad_() for v in p.s]
+    right = torch.autograd.grad(step(*images), parameters)
+    loss: Any = checkpoint(step, *images, use_reentrant=reentrant)
+    loss.backward()
+    for parameter, grad in zip(parameters, right, strict=True):
+        assert parameter.grad is not None
+        assert relative(parameter.grad, grad) <= 1e-6
+
+
+@each_backend
+def test_gradients_accumulate(rng, backend, device):
+    """Over calls, and beside other losses of the same tensors."""
+    p, other = small(rng, device), small(rng, device)
+    first = run(p, backend).grads
+    second = run(Pyramid(p.s, other.t, p.x, other.z), backend).grads
+    (fsr_loss(*p.inputs, backend=backend) + sum(v.sum() for v in p.student)).backward()
+    fsr_loss(p.s, other.t, p.x, other.z, backend=backend).backward()
+    for v, a, b in zip(p.student, first, second, strict=True):
+        assert v.grad is not None
+        assert relative(v.grad, a + b + 1) <= 1e-6
+
+
+@each_backend
+def test_hooks_see_the_gradients(rng, backend, device):
+    p = small(rng, device)
+    right = run(p, backend).grads
+    seen: list[Tensor] = []
+    doubled = [v * 1 for v in p.student]
+    for v in doubled:
+        v.register_hook(lambda grad: seen.append(grad) or 2 * grad)  # type: ignore[func-returns-value]
+    k = len(p.s)
+    grads = torch.autograd.grad(fsr_loss(doubled[:k], p.t, doubled[k:], p.z, backend=backend), p.student)
+    assert len(seen) == len(right)
+    for got, grad in zip(grads, right, strict=True):
+        assert relative(got, 2 * grad) <= 1e-6
+
+
+class Trained(nn.Module):
+    """A student of one level, its adapter and its loss."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.neck, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 1)
+        self.adapter = FeatureAdapter(4, 6, 1)
+        self.distil = FSRLoss(0.1, 0.1, backend=backend)
+
+    def forward(self, images: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        feats = [self.neck(images)]
+        loss = self.distil(self.adapter(feats), [t], [self.head(feats[0])], [z])
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def batch(rng: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, c, 6, 8, generator=rng) for c in (3, 6, 5))
+
+
+@pytest.mark.usefixtures("compiler")
+@each_here
+def test_a_model_that_holds_the_loss_is_exported(rng, backend):
+    torch.manual_seed(0)
+    model, inputs = Trained(backend), batch(rng)
+    right = model(*inputs)
+    exported = torch.export.export(model, inputs).module()
+    assert relative(exported(*inputs), right) <= 1e-6
+
+
+@each_here
+def test_a_step_taken_up_from_a_checkpoint_is_the_same_step(rng, backend, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = Trained(backend), batch(rng)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(*inputs)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    for _ in range(2):
+        step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    right = [step(model, optimizer) for _ in range(2)]
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    again = Trained(backend)
+    again.load_state_dict(kept["model"])
+    optimizer = torch.optim.AdamW(again.parameters())
+    optimizer.load_state_dict(kept["optimizer"])
+    assert all(same_bits(step(again, optimizer), loss) for loss in right)
+
+
+@each_here
+def test_eight_threads_at_once_give_the_bits_of_one(rng, backend):
+    if backend == "triton":
+        pytest.skip("Triton's interpreter keeps its state in globals")
+    pyramids = [small(rng) for _ in range(8)]
+    right = [run(p, backend) for p in pyramids]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            got, wanted = run(pyramids[number], backend), right[number]
+            pairs = zip([got.loss, *got.grads], [wanted.loss, *wanted.grads], strict=True)
+            if not all(same_bits(a, b) for a, b in pairs):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+BEFORE = """
+import os, sys, torch
+from truth import pyramid
+from frs_kernels import fsr_loss
+backend = sys.argv[1]
+p = pyramid(torch.Generator().manual_seed(1), sizes=((2, 40, 50), (2, 20, 25)), channels=16, classes=20)
+
+def step():
+    loss = fsr_loss(*p.inputs, backend=backend)
+    return [loss.detach(), *torch.autograd.grad(loss, p.student)]
+
+"""
+# A child of fork has torch's threads' state and not the threads, so torch asks for one thread in it.
+FORK = """
+torch.set_num_threads(1)
+right = step()
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(torch.equal(a, b) for a, b in zip(right, step())) else 3)
+status = os.waitpid(child, 0)[1]
+assert os.waitstatus_to_exitcode(status) == 0, status
+assert all(torch.equal(a, b) for a, b in zip(right, step()))
+"""
+SHUTDOWN = """
+kept = fsr_loss(*p.inputs, backend=backend)
+fsr_loss(*p.inputs, backend=backend).backward()
+"""
+
+
+@each_here
+@pytest.mark.parametrize("what", [FORK, SHUTDOWN], ids=["fork", "shutdown with a graph alive"])
+def test_processes(backend, what):
+    if what is FORK and not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    command = [sys.executable, "-c", BEFORE + what, backend]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HELPERS, env=python_environment(), timeout=240, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+class Scored(torch.utils.data.Dataset[Tensor]):
+    """A worker that makes the mask."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        from frs_kernels import richness_mask
+
+        z = torch.linspace(-4, 4, 2 * 5 * 6 * 7).view(2, 5, 6, 7) + index
+        return richness_mask([z], backend=self.backend).scores[0]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_loader(context):
+    if context == "fork" and not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    scored = Scored("auto")
+    loader = torch.utils.data.DataLoader(scored, batch_size=None, num_workers=1, multiprocessing_context=context)
+    for index, scores in enumerate(loader):
+        assert same_bits(scores, scored[index])
+
+
+@each_here
+def test_ten_thousand_steps_leave_nothing_behind(rng, backend):
+    """Resident memory, open files and the inputs' bits, over steps of which each makes and frees graph and gradients."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("Linux tells the memory")
+    steps = 10_000 if backend == "cpu" else 200 if backend == "torch" else 10
+    p = small(rng)
+    before = p.map(torch.clone)
+
+    def held() -> tuple[int, int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), len(
+            os.listdir("/proc/self/fd")
+        )
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            torch.autograd.grad(fsr_loss(*p.inputs, backend=backend), p.student)
+
+    train(max(1, steps // 10))
+    memory, files = held()
+    train(steps)
+    after, files_after = held()
+    assert files_after == files
+    assert after - memory <= 4096  # kB; a leak of one gradient a step would be 20 MB and more
+    for given, kept in zip(p.inputs, before.inputs, strict=True):
+        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(given, kept, strict=True))
