@@ -13,7 +13,7 @@ BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
 VENV_DOCS := .venv-docs
 
-.PHONY: install demo test lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
+.PHONY: install demo test test-asan lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,18 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_ARGS)
+
+# The CPU library under the address and undefined-behaviour sanitizers, in every instruction set that this CPU has. Leaks
+# are Python's and torch's own. LD_PRELOAD, since Python itself knows nothing of the sanitizer.
+SANITIZED := g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr -fno-omit-frame-pointer -g1
+ASAN_TESTS := accuracy edges gradients malformed operators properties table
+test-asan: install
+	FRS_BUILD=cpu FRS_BUILD_DIR=build/asan/objects CXX="$(SANITIZED)" $(BIN)/python setup.py --quiet build --build-lib build/asan/lib
+	$(foreach isa,baseline avx2 avx512,cd build/asan/lib && \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FRS_CPU=$(isa) \
+	  $(CURDIR)/$(BIN)/python -m pytest -n 2 -q -p no:cacheprovider -k "cpu-cpu or malformed" \
+	  $(ASAN_TESTS:%=$(CURDIR)/tests/test_%.py) && cd $(CURDIR) &&) true
 
 lint: install
 	$(BIN)/ruff check .

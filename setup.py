@@ -27,7 +27,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError, PlatformError
 
 CSRC = Path("csrc")
-BUILD = Path("build", "native")  # what was compiled, kept until what it is made from changes
+# What was compiled, kept until what it is made from changes; a build with other flags in CXX wants a folder of its own.
+BUILD = Path(os.environ.get("FRS_BUILD_DIR") or Path("build", "native"))
 
 VERBS = ("score", "imitate", "scale")
 FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]

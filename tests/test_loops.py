@@ -1,4 +1,4 @@
-"""What a loop does to a loss beside calling it: checkpoints, accumulation, hooks, export, threads, forks, many steps."""
+"""What a loop does beside calling the loss: checkpoints, accumulation, hooks, export, threads, forks, many steps."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_workers_of_a_loader(context):
 
 @each_here
 def test_ten_thousand_steps_leave_nothing_behind(rng, backend):
-    """Resident memory, open files and the inputs' bits, over steps of which each makes and frees graph and gradients."""
+    """Resident memory, open files and the inputs' bits; each step makes and frees a graph and gradients."""
     if not Path("/proc/self/status").is_file():
         pytest.skip("Linux tells the memory")
     steps = 10_000 if backend == "cpu" else 200 if backend == "torch" else 10
