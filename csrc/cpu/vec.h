@@ -104,6 +104,13 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
     return e - t * (e - q * p);
 #endif
   }
+
+  // Lane by lane, as the C library has it: for a beta other than 1 and 2, which few ask for. Called, not inlined, which
+  // would be sixteen calls in every kernel of the loss.
+  static __attribute__((noinline)) V power(V a, float s) {
+    for (int lane = 0; lane < FRS_ISA::WIDTH; ++lane) a[lane] = ::powf(a[lane], s);
+    return a;
+  }
 };
 
 namespace frs::FRS_ISA {
