@@ -196,7 +196,7 @@ def test_saturated_logits_keep_every_digit_of_qfl(backend, device, dtype, loss, 
     )
     (grad,) = torch.autograd.grad(terms.loss, x)
     for (a, b), value, g in zip(pairs, terms.per_level.tolist(), grad.flatten().tolist(), strict=True):
-        ulps = (2 + beta) * (4 + (max(abs(a), abs(b)) if device == "cuda" else 0))
+        ulps = (3 + beta) * (4 + (max(abs(a), abs(b)) if device == "cuda" else 0))
         flushed = 100 * torch.finfo(dtype).smallest_normal
         if dtype == f32 and -90 in (a, b) and beta < 1 and a != b:
             flushed = max(flushed, 1e-9)  # where exp(-90) is flushed to 0, its power is not below the normal numbers

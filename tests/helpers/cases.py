@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from truth import QFL, Answer, Levels, Pyramid, eager, size, truth
+from truth import QFL, Answer, Levels, Pyramid, eager, moves, size, truth
 
 from frs_kernels import FSRTerms, backends, fsr_loss
 
@@ -105,6 +105,10 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
         alone = Pyramid(p.s, p.t, p.x, [torch.full_like(z, -1e4) for z in p.z])
         given = options | {"mask": expected.mask}
         subtracted = [*subtracted[: len(p.s or [])], *truth(alone, **given).grads[len(p.s or []) :]]
+        if options.get("cls_loss") in QFL:
+            moved = truth(p, **options, of=partial(moves, eps=eps)).grads[len(p.s or []) :]
+            heads = [torch.maximum(a.abs(), b.abs()) for a, b in zip(subtracted[len(p.s or []) :], moved, strict=True)]
+            subtracted = [*subtracted[: len(p.s or [])], *heads]
         eps *= condition(p, **options)
     sizes = [(b.abs().max().item(), c.abs().max().item()) if b.numel() else (0.0, 0.0)
              for b, c in zip(expected.grads, subtracted, strict=True)]  # fmt: skip

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from cases import condition, relative, ulp
 from torch import Tensor
-from truth import QFL, Levels, Pyramid, eager_value, size, value
+from truth import QFL, Levels, Pyramid, eager_value, moves, size, value
 
 from frs_kernels.levels import accumulate_dtype, level_slices
 from frs_kernels.ops import VERBS
@@ -127,6 +127,10 @@ def assert_right(
         places = level_slices([e.x for e in entries], [e.level for e in entries], scores.numel())
         of_level = scores[places[entry.level]], norm[entry.level : entry.level + 1]
         before = truth([alone], [term], *of_level).grads[0] if term.loss in ("bce", "kl", *QFL) else right.grads[i]
+        if term.loss in QFL:
+            moved = _computed(partial(moves, eps=eps), [replace(entry, level=0, term=0)], [term],
+                              *(v.double() for v in of_level)).grads[0]  # fmt: skip
+            before = torch.maximum(before.abs(), moved.abs())
         sizes = [
             right.grads[i].abs().max(),
             2 * loosened[i] * eps * max(before.abs().max(), right.grads[i].abs().max()),

@@ -158,6 +158,18 @@ def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float 
     return bce * (d**beta + beta * d ** (beta - 1) * (p * (1 - p) + q * (1 - q)))
 
 
+def moves(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
+    """As a value: its gradient is what the roundings of a slope are relative to, for qfl what moves with d."""
+    if loss not in QFL or beta == 0:
+        return value(loss, x, z, temperature, beta)
+    bce = value("bce", x, z, temperature) / temperature**2
+    p, q = (torch.sigmoid(v / temperature) for v in (x, z))
+    d = (p - q).abs().clamp_min(eps)
+    with_weight = (beta + 1) * d**beta
+    within = beta * abs(beta - 1) * d ** (beta - 2) * p * (1 - p) * bce * (loss == "qfl")
+    return (temperature * (with_weight + within) * (p * (1 - p) + q * (1 - q))).detach() * x
+
+
 def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
     """What PyTorch has for it."""
     if loss == "mse":
