@@ -167,7 +167,7 @@ def moves(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float
     d = (p - q).abs().clamp_min(eps)
     with_weight = (beta + 1) * d**beta
     within = beta * abs(beta - 1) * d ** (beta - 2) * p * (1 - p) * bce * (loss == "qfl")
-    return (temperature * (with_weight + within) * (p * (1 - p) + q * (1 - q))).detach() * x
+    return (temperature * (with_weight + within) * (p + q)).detach() * x
 
 
 def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
