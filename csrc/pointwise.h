@@ -5,8 +5,11 @@
 //     smooth_l1   value = d^2 / (2 beta), |d| - beta / 2     slope = d / beta, sign(d)  where |d| < beta, else
 //     bce         value = log1p(e) + |x| miss                slope = sign(x) (miss - tail)  = sigmoid(x) - sigmoid(z)
 //     kl          value = bce(x, z) - bce(z, z)              slope as bce
+//     qfl         value = |d|^beta bce                       slope = |d|^beta d + beta |d|^(beta-1) sign(d) p (1-p) bce
+//     qfl_detached        as qfl                             slope = |d|^beta d         d = p - q, the slope of bce
 //
-// with e = exp(-|x|), tail = e / (1 + e) = sigmoid(-|x|), and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0.
+// with e = exp(-|x|), tail = e / (1 + e) = sigmoid(-|x|), and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0;
+// p = sigmoid(x), q = sigmoid(z).
 // Mirrored so that the student is on the positive side, nothing cancels where a logit saturates (docs/math.md).
 //
 // V is float or double, on the host or on a GPU, or a GCC vector of floats (csrc/cpu/vec.h): the operators and ?: mean
@@ -29,7 +32,7 @@
 
 namespace frs {
 
-enum class Loss : int32_t { mse, l1, smooth_l1, bce, kl, COUNT };
+enum class Loss : int32_t { mse, l1, smooth_l1, bce, kl, qfl, qfl_detached, COUNT };
 
 template <class V>
 struct Pointwise {
@@ -37,7 +40,7 @@ struct Pointwise {
 };
 
 // What is not the same for all V: |x|; exp(-a) for a >= 0, and the same where it is called once a position; a / b for b
-// in [1, 6]; log1p(e) for e in [0, 1]; and by the signs of the logits
+// in [1, 6]; log1p(e) for e in [0, 1]; power(a, s) = a^s for a normal a <= 1 and s > -1; and by the signs of the logits
 //     same_side(x, z, a, b)   a where x and z have the same sign, else b
 //     mirror(x, v)            v where x >= 0, else -v
 // A vector reads the sign bit: the comparisons take the ports that multiply.
@@ -90,6 +93,21 @@ struct Primitives<float> : BySign<float> {
 #endif
   }
   static FRS_INLINE float log1p(float e) { return log1p_by_powers(e); }
+  // With a = 2^k m, m around 1, it is 2^n 2^f with n whole and f = s k - n + s log2(m): the logarithm is good to 2^-22,
+  // also far from 1, where that of a itself would lose a digit or two.
+  static FRS_INLINE float power(float a, float s) {
+#if defined(__CUDA_ARCH__)
+    const int bits = __float_as_int(a), k = (bits - 0x3f3504f3) >> 23;
+    float log2_m, fraction, whole;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2_m) : "f"(__int_as_float(bits - (k << 23))));
+    const float n = ::rintf(s * (k + log2_m)), f = ::fmaf(s, log2_m, ::fmaf(s, k, -n));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(fraction) : "f"(f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(whole) : "f"(n));
+    return fraction * whole;
+#else
+    return ::powf(a, s);
+#endif
+  }
 };
 
 template <>
@@ -99,6 +117,7 @@ struct Primitives<double> : BySign<double> {
   static FRS_INLINE double exact_exp_neg(double a) { return ::exp(-a); }
   static FRS_INLINE double quotient(double a, double b) { return a / b; }
   static FRS_INLINE double log1p(double e) { return ::log1p(e); }
+  static FRS_INLINE double power(double a, double s) { return ::pow(a, s); }
 };
 
 template <class V>
@@ -144,8 +163,30 @@ FRS_INLINE Pointwise<V> bernoulli(V x, V z) {
   return {value, Primitives<V>::mirror(x, slope)};
 }
 
+// bce times |d|^beta. One power serves both parts of the slope, which have the same sign: nothing cancels. It is that
+// of the smallest normal number where |d| is less. So it is finite, and 0 times it is 0 where student and teacher
+// agree, also for beta < 1, whose |d|^(beta - 1) is infinite there. All numbers of a term have the same beta.
+template <bool DETACHED, class V, class S>
+FRS_INLINE Pointwise<V> quality_focal(V x, V z, S beta) {
+  const Pointwise<V> bce = bernoulli<false>(x, z);
+  if (beta == 0) return bce;
+  const V d = bce.slope, a = magnitude(d), least = std::numeric_limits<S>::min() - V{};
+  V power = 1.0f - V{};  // |d|^(beta - 1)
+  if (beta == 2)
+    power = a;
+  else if (beta != 1)
+    power = Primitives<V>::power(a < least ? least : a, beta - 1);
+  const V weight = a * power;
+  V slope = weight * d;
+  if constexpr (!DETACHED) {
+    const V e = exp_neg(magnitude(x)), head = quotient<V>(1.0f - V{}, 1.0f + e);
+    slope = slope + sign(d) * ((beta * power) * (e * head * head) * bce.value);
+  }
+  return {weight * bce.value, slope};
+}
+
 // A loss: its name; whether it takes logits, which a temperature divides; and value and slope, given the beta of
-// smooth_l1 in the scalar type of V.
+// smooth_l1 and qfl in the scalar type of V.
 template <Loss>
 struct Traits;
 
@@ -200,6 +241,26 @@ struct Traits<Loss::kl> {
   template <class V, class S>
   static FRS_INLINE Pointwise<V> at(V x, V z, S) {
     return bernoulli<true>(x, z);
+  }
+};
+
+template <>
+struct Traits<Loss::qfl> {
+  static constexpr const char* name = "qfl";
+  static constexpr bool takes_logits = true;
+  template <class V, class S>
+  static FRS_INLINE Pointwise<V> at(V x, V z, S beta) {
+    return quality_focal<false>(x, z, beta);
+  }
+};
+
+template <>
+struct Traits<Loss::qfl_detached> {
+  static constexpr const char* name = "qfl_detached";
+  static constexpr bool takes_logits = true;
+  template <class V, class S>
+  static FRS_INLINE Pointwise<V> at(V x, V z, S beta) {
+    return quality_focal<true>(x, z, beta);
   }
 };
 

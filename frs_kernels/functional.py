@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frs_kernels import backends, checks
-from frs_kernels.levels import Levels, split_levels
+from frs_kernels.levels import Levels, accumulate_dtype, split_levels
 from frs_kernels.losses import LOSSES
 from frs_kernels.ops import VERBS
 from frs_kernels.options import (
@@ -108,9 +108,12 @@ def fsr_loss(
         feat_weight, cls_weight: a number, zero or more, or a 0-dim tensor, which is read on the device: changing it
             neither recompiles nor synchronises, and what it holds is not looked at. Weights are not trained.
         feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4.
-        cls_loss: "bce", or "kl" for the Bernoulli KL(teacher || student): the same gradient, 0 where they agree.
+        cls_loss: "bce"; "kl", the Bernoulli KL(teacher || student): the same gradient, 0 where they agree; "qfl", the
+            quality focal loss, bce times |sigmoid(x) - sigmoid(z)|^beta; or "qfl_detached", the same value, whose
+            gradient takes that factor for a constant.
         temperature: divides the logits inside `cls`, which is then multiplied by its square.
-        beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2.
+        beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2;
+            of "qfl" and "qfl_detached" the exponent: 0 makes bce of them, 1 and 2 are the fastest.
         normalizer: "mass" divides a level by M_l, as the paper does; "mass_channels" by C * M_l; "total_mass" by
             sum_l M_l, so that a level on which the teacher sees little weighs little (docs/math.md).
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
@@ -246,7 +249,7 @@ def masked_imitation_loss(
     Args:
         student, teacher: lists of (N, C, H, W), one tensor per level.
         mask: as in `fsr_loss`; M_l is the sum of a level's.
-        loss: "mse", "l1" or "smooth_l1" on any features; "bce" or "kl" on logits.
+        loss: "mse", "l1" or "smooth_l1" on any features; "bce", "kl", "qfl" or "qfl_detached" on logits.
         weight: multiplies the loss; a number or a 0-dim tensor.
         return_terms: return `ImitationTerms` instead of the loss.
 
@@ -268,3 +271,93 @@ def masked_imitation_loss(
     if isinstance(found, Tensor):
         return found
     return ImitationTerms(found.loss, *found.part("weight"), found.mask, found.mass)
+
+
+@overload
+def quality_focal_distillation(
+    student_logits: Levels,
+    teacher_logits: Levels,
+    mask: Levels | Richness | None = ...,
+    *,
+    detach: bool = ...,
+    weight: Weight = ...,
+    return_terms: Literal[False] = ...,
+    **options: Unpack[TermOptions],
+) -> Tensor: ...
+
+
+@overload
+def quality_focal_distillation(
+    student_logits: Levels,
+    teacher_logits: Levels,
+    mask: Levels | Richness | None = ...,
+    *,
+    detach: bool = ...,
+    weight: Weight = ...,
+    return_terms: Literal[True],
+    **options: Unpack[TermOptions],
+) -> ImitationTerms: ...
+
+
+@overload
+def quality_focal_distillation(
+    student_logits: Levels,
+    teacher_logits: Levels,
+    mask: Levels | Richness | None = ...,
+    *,
+    detach: bool = ...,
+    weight: Weight = ...,
+    return_terms: bool,
+    **options: Unpack[TermOptions],
+) -> Tensor | ImitationTerms: ...
+
+
+def quality_focal_distillation(
+    student_logits: Levels,
+    teacher_logits: Levels,
+    mask: Levels | Richness | None = None,
+    *,
+    beta: float = 1.0,
+    detach: bool = False,
+    weight: Weight = 1.0,
+    temperature: float = 1.0,
+    normalizer: Normalizer = "mass",
+    eps: float = 0.0,
+    level_weights: Sequence[float] | None = None,
+    process_group: ProcessGroup | None = None,
+    grad_mode: GradMode = "auto",
+    backend: Backend = "auto",
+    return_terms: bool = False,
+) -> Tensor | ImitationTerms:
+    """The quality focal loss with the teacher's probabilities as targets, under any mask or none.
+
+        d     = sigmoid(x_pk) - sigmoid(z_pk)
+        loss  = weight * sum_l w_l / M_l sum_p mask_p sum_k |d|^beta BCE(x_pk, sigmoid(z_pk))
+
+    The loss of Li et al., *Generalized Focal Loss*, NeurIPS 2020, whose target is a class's quality; CrossKD (Wang et
+    al., CVPR 2024) distils with it, the target being the teacher's probability. Other than bce it is 0 where student
+    and teacher agree. This is `masked_imitation_loss` with loss="qfl", or "qfl_detached".
+
+    Args:
+        student_logits, teacher_logits: lists of (N, K, H, W) class logits, before the sigmoid, one tensor per level.
+        mask: as in `fsr_loss`. Without one every position counts 1, and M_l is their number, N H W.
+        beta: the exponent, zero or more. 0 makes bce of it. Below 1 the gradient without `detach` grows without bound
+            as d goes to 0; where d is 0 it is 0.
+        detach: the gradient takes |d|^beta for a constant. By default it is differentiated, too.
+        weight: multiplies the loss; a number or a 0-dim tensor.
+        return_terms: return `ImitationTerms` instead of the loss.
+
+    The other arguments, the tensors' dtypes and strides, what is returned and what is raised are as for `fsr_loss`:
+    normalizer="total_mass" divides every level by the number of positions of all.
+    """
+    checks.check_flag("detach", detach)
+    if mask is None:
+        checks.check_levels("student_logits", student_logits)
+        checks.check_levels("teacher_logits", teacher_logits)
+        dtype = accumulate_dtype(*student_logits, *teacher_logits)
+        mask = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=dtype) for z in teacher_logits]
+    return masked_imitation_loss(
+        student_logits, teacher_logits, mask, loss="qfl_detached" if detach else "qfl", weight=weight,
+        temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
+        process_group=process_group, grad_mode=grad_mode, backend=backend, return_terms=return_terms,
+    )  # fmt: skip

@@ -5,7 +5,10 @@
     smooth_l1   d^2 / (2 beta) where |d| < beta, else |d| - beta/2  d / beta, or sign(d)        d = x - z
     bce         softplus(x) - x sigmoid(z)                          sigmoid(x) - sigmoid(z)
     kl          bce(x, z) - bce(z, z)                               as bce
+    qfl         |d|^beta bce(x, z)                                  |d|^beta d + beta |d|^(beta-1) sign(d) p (1 - p) bce
+    qfl_detached  as qfl                                            |d|^beta d          d = p - q, the slope of bce
 
+with p = sigmoid(x) and q = sigmoid(z).
 A loss is one entry of LOSSES; every name, check and default elsewhere is read from it. docs/math.md derives the
 formulas.
 """
@@ -75,6 +78,32 @@ def kl(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSl
     return value, slope
 
 
+def qfl(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSlope:
+    bce_value, d = bce(x, z, beta)
+    assert bce_value is not None
+    if beta == 0:
+        return bce_value if want_value else None, d
+    power = _power_of_size(d, beta - 1)
+    slope = (torch.sigmoid(x) * torch.sigmoid(-x)).mul_(bce_value).mul_(power).mul_(beta).mul_(d.sign())
+    weight = power.mul_(d.abs())
+    slope.addcmul_(weight, d)
+    return weight.mul_(bce_value) if want_value else None, slope
+
+
+def qfl_detached(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> ValueAndSlope:
+    """The weight |d|^beta is a constant to the gradient."""
+    bce_value, d = bce(x, z, beta, want_value)
+    if beta == 0:
+        return bce_value, d
+    weight = _power_of_size(d, beta - 1).mul_(d.abs())
+    return None if bce_value is None else bce_value.mul_(weight), d.mul_(weight)
+
+
+def _power_of_size(d: Tensor, exponent: float) -> Tensor:
+    """|d|^exponent, that of the smallest normal number where |d| is less: finite, so that 0 times it is 0."""
+    return d.abs().clamp_min_(torch.finfo(d.dtype).tiny).pow_(exponent)
+
+
 def _mirrored(near: Tensor, tail: Tensor, miss: Tensor) -> Tensor:
     """softplus(near) - near miss, with tail = sigmoid(near)."""
     return tail.neg().log1p_().addcmul_(near, miss).neg_()
@@ -86,6 +115,8 @@ LOSSES = {
     "smooth_l1": Pointwise(smooth_l1, takes_logits=False),
     "bce": Pointwise(bce, takes_logits=True),
     "kl": Pointwise(kl, takes_logits=True),
+    "qfl": Pointwise(qfl, takes_logits=True),
+    "qfl_detached": Pointwise(qfl_detached, takes_logits=True),
 }
 FEAT_LOSSES = tuple(name for name, loss in LOSSES.items() if not loss.takes_logits)
 CLS_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.takes_logits)

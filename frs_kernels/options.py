@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Weight = float | Tensor
 FeatLoss = Literal["mse", "l1", "smooth_l1"]
-ClsLoss = Literal["bce", "kl"]
-AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl"]
+ClsLoss = Literal["bce", "kl", "qfl", "qfl_detached"]
+AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached"]
 Normalizer = Literal["mass", "mass_channels", "total_mass"]
 GradMode = Literal["auto", "forward", "backward"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
@@ -45,7 +45,7 @@ class LossOptions(AllOptions, total=False):
 
 
 class TermOptions(AllOptions, total=False):
-    """Those of `masked_imitation_loss`."""
+    """Those of `masked_imitation_loss` and of `quality_focal_distillation`."""
 
     process_group: ProcessGroup | None
 

@@ -6,9 +6,9 @@ import mpmath
 import pytest
 import torch
 from cases import FLOATS, assert_right, each_backend, ids, run, ulp
-from truth import LAYOUTS, Pyramid, authors, lay_out, pyramid
+from truth import LAYOUTS, QFL, Pyramid, authors, lay_out, pyramid
 
-from frs_kernels import fsr_loss
+from frs_kernels import fsr_loss, masked_imitation_loss
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 MIXES = {
@@ -62,11 +62,35 @@ def test_an_expanded_teacher(rng, backend, device, axis):
         {"feat_weight": 0.005, "cls_weight": 0.02, "level_weights": [0.5, 2]},
         {"feat_loss": "smooth_l1", "beta": 0.25, "cls_loss": "kl", "temperature": 3.0},
         {"feat_loss": "l1", "normalizer": "mass_channels", "eps": 0.3, "level_weights": [0.5, 2]},
+        {"cls_loss": "qfl", "temperature": 2.5},
+        {"cls_loss": "qfl", "beta": 1.5, "normalizer": "total_mass"},
+        {"cls_loss": "qfl_detached", "beta": 2.0, "temperature": 0.5, "level_weights": [0.5, 2]},
+        {"cls_loss": "qfl_detached", "beta": 0.5, "feat_loss": "smooth_l1"},
     ],
     ids=str,
 )
 def test_every_option(rng, backend, device, dtype, options):
     assert_right(pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, device=device), backend, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qfl_in_every_dtype_and_layout(rng, backend, device, dtype, layout):
+    p = pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, layout=layout, device=device)
+    for cls_loss, beta in (("qfl", 1.0), ("qfl", 2.0), ("qfl", 2.7), ("qfl_detached", 1.0), ("qfl_detached", 0.7)):
+        assert_right(p.without("s", "t"), backend, cls_loss=cls_loss, beta=beta)
+
+
+@each_backend
+@pytest.mark.parametrize("cls_loss", QFL)
+@pytest.mark.parametrize("dtype", [f32, f64, bf16], ids=ids)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_qfl_with_a_beta_of_zero_is_bce(rng, backend, device, cls_loss, dtype, temperature):
+    p = pyramid(rng, sizes=((2, 5, 3), (2, 1, 1)), dtype=dtype, device=device)
+    a, b = (run(p, backend, cls_loss=loss, beta=0, temperature=temperature) for loss in (cls_loss, "bce"))
+    assert torch.equal(a.loss, b.loss)
+    assert all(torch.equal(v, w) for v, w in zip(a.grads, b.grads, strict=True))
 
 
 BETAS = [0.0, 1e-6, 1.0, 100.0]
@@ -121,6 +145,18 @@ def bce(x: float, z: float) -> float:
         return float(mpmath.log(1 + mpmath.exp(x)) - x / (1 + mpmath.exp(-mpmath.mpf(z))))
 
 
+def qfl(x: float, z: float, beta: float, detach: bool) -> tuple[float, float]:
+    """|d|^beta BCE(x, sigmoid(z)) and its derivative, with 60 digits."""
+    if x == z:
+        return 0.0, 0.0
+    with mpmath.workdps(60):
+        p, q = (1 / (1 + mpmath.exp(-mpmath.mpf(v))) for v in (x, z))
+        d, loss = p - q, mpmath.log(1 + mpmath.exp(x)) - x * q
+        weight = abs(d) ** beta
+        moving = 0 if detach else beta * abs(d) ** (beta - 1) * mpmath.sign(d) * p * (1 - p) * loss
+        return float(weight * loss), float(weight * d + moving)
+
+
 PAIRS = [(a, b) for a in (-90.0, -17.0, 0.0, 17.0, 30.0) for b in (-90.0, -30.0, 17.0, 30.0)]
 
 
@@ -143,6 +179,31 @@ def test_saturated_logits_keep_every_digit(backend, device, dtype):
         for name, got, right in (("gradient", g, slope(a, b)), ("loss", value, bce(a, b))):
             allowed = ulps * ulp(torch.tensor(right, dtype=f64), dtype).item() + flushed
             assert abs(got - right) <= allowed, f"{name} at {a}, {b}: {got}, not {right}"
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [f32, f64], ids=ids)
+@pytest.mark.parametrize("loss", QFL)
+@pytest.mark.parametrize("beta", [0.25, 1.0, 1.5, 2.0, 3.7])
+def test_saturated_logits_keep_every_digit_of_qfl(backend, device, dtype, loss, beta):
+    """As above. A power takes beta times the roundings of d, and of its own a few more."""
+    pairs = [*PAIRS, (-17.0, -17.0), (0.0, 0.0), (0.5, -1.5), (90.0, 90.0)]
+    x = torch.tensor([[a for a, _ in pairs]], dtype=dtype, device=device).view(1, 1, 1, -1).requires_grad_()
+    z = torch.tensor([[b for _, b in pairs]], dtype=dtype, device=device).view(1, 1, 1, -1)
+    mask = list(torch.eye(len(pairs), dtype=dtype, device=device).view(-1, 1, 1, len(pairs)))
+    terms = masked_imitation_loss(
+        [x] * len(pairs), [z] * len(pairs), mask, loss=loss, beta=beta, backend=backend, return_terms=True
+    )
+    (grad,) = torch.autograd.grad(terms.loss, x)
+    for (a, b), value, g in zip(pairs, terms.per_level.tolist(), grad.flatten().tolist(), strict=True):
+        ulps = (3 + beta) * (4 + (max(abs(a), abs(b)) if device == "cuda" else 0))
+        flushed = 100 * torch.finfo(dtype).smallest_normal
+        if dtype == f32 and -90 in (a, b) and beta < 1 and a != b:
+            flushed = max(flushed, 1e-9)  # where exp(-90) is flushed to 0, its power is not below the normal numbers
+        for name, got, right in zip(("loss", "gradient"), (value, g), qfl(a, b, beta, loss != "qfl"), strict=True):
+            allowed = ulps * ulp(torch.tensor(right, dtype=f64), dtype).item() + flushed
+            assert abs(got - right) <= allowed, f"{name} at {a}, {b}: {got}, not {right}"
+            assert right or got == 0
 
 
 @each_backend

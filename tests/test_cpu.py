@@ -153,9 +153,11 @@ sizes = ((2, 8, 12), (1, 1, 1), (1, 37, 31))
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last", "sliced", "rows")):
     for feat_loss, cls_loss, grad_mode in (("mse", "bce", "forward"), ("l1", "kl", "backward"),
-                                           ("smooth_l1", "kl", "forward")):
+                                           ("smooth_l1", "kl", "forward"), ("mse", "qfl", "forward"),
+                                           ("l1", "qfl_detached", "forward")):
         p = pyramid(rng, sizes=sizes, classes=17, dtype=dtype, layout=layout)
-        assert_right(p, "cpu", feat_loss=feat_loss, beta=0.7, cls_loss=cls_loss, grad_mode=grad_mode)
+        beta = 1.7 if "qfl" in cls_loss else 0.7
+        assert_right(p, "cpu", feat_loss=feat_loss, beta=beta, cls_loss=cls_loss, grad_mode=grad_mode)
 for dtype, layout in itertools.product(dtypes, ("contiguous", "channels_last")):
     # Gradients of more than 4 MB, written past the caches; rows begin at every alignment.
     p = pyramid(rng, sizes=((1, 45, 47),), channels=1003, classes=1003, dtype=dtype, layout=layout)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_right, relative
-from truth import Answer, Pyramid, authors, eager, pyramid, truth
+from truth import QFL, Answer, Pyramid, authors, eager, pyramid, truth
 
 from frs_kernels import fsr_loss, masked_imitation_loss
+from frs_kernels.losses import LOSSES
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -30,6 +31,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"feat_loss": "smooth_l1"},
     {"feat_loss": "smooth_l1", "beta": 0.3, "normalizer": "mass_channels", "level_weights": [0.5, 0.0, 2]},
     {"feat_loss": "smooth_l1", "beta": 0.0, "cls_loss": "kl"},
+    {"cls_loss": "qfl"},
+    {"cls_loss": "qfl", "beta": 2.0, "temperature": 2.5},
+    {"cls_loss": "qfl", "beta": 1.7, "normalizer": "mass_channels", "level_weights": [0.5, 0.0, 2]},
+    {"cls_loss": "qfl", "beta": 0.0, "feat_loss": "smooth_l1"},
+    {"cls_loss": "qfl_detached"},
+    {"cls_loss": "qfl_detached", "beta": 0.5, "temperature": 0.5, "eps": 0.3},
 ]
 
 
@@ -106,19 +113,21 @@ def eager_in_fp64(p: Pyramid, beta: float) -> Answer:
     return eager(p, dtype=torch.float64, feat_loss="smooth_l1", beta=beta)
 
 
-@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl"])
+@pytest.mark.parametrize("loss", list(LOSSES))
 def test_masked_imitation_is_one_term_of_it(rng, loss):
     p = pyramid(rng, dtype=torch.float64)
     mask = [torch.rand(z[:, 0].shape, generator=rng, dtype=torch.float64) for z in p.z]
     options = {"normalizer": "mass_channels", "eps": 0.2, "level_weights": [1, 0.5, 2.0]}
-    if loss in ("mse", "l1", "smooth_l1"):
-        given = {"feat_weight": 0.3, "feat_loss": loss, "beta": 0.4}
+    beta = 1.4 if loss in QFL else 0.4
+    if not LOSSES[loss].takes_logits:
+        given = {"feat_weight": 0.3, "feat_loss": loss, "beta": beta}
         student, teacher, expected = p.s, p.t, truth(p.without("x"), mask=mask, **given, **options)
     else:
         student, teacher = p.x, p.z
-        expected = truth(p.without("s", "t"), mask=mask, cls_weight=0.3, cls_loss=loss, temperature=2.0, **options)
+        expected = truth(p.without("s", "t"), mask=mask, cls_weight=0.3, cls_loss=loss, temperature=2.0, beta=beta,
+                         **options)  # fmt: skip
     value = masked_imitation_loss(
-        student, teacher, mask, loss=loss, weight=0.3, temperature=2.0, beta=0.4, backend="torch", **options
+        student, teacher, mask, loss=loss, weight=0.3, temperature=2.0, beta=beta, backend="torch", **options
     )
     assert value.item() == pytest.approx(expected.loss.item(), rel=1e-13)
     for grad, right in zip(torch.autograd.grad(value, student), expected.grads, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import assert_right, compiled_backends, each_backend, relative, run
 from columns import Entry, Term, columns
-from truth import Pyramid, pyramid, truth
+from truth import QFL, Pyramid, pyramid, truth
 
 from frs_kernels import backends, fsr_loss, masked_imitation_loss, richness_mask
 from frs_kernels.ops import VERBS
@@ -117,6 +117,55 @@ def test_where_features_agree_value_and_slope_are_zero(rng, backend, device, gra
     assert not answer.grads[0].any()
     assert not answer.grads[1][0].any()
     assert torch.equal(answer.grads[1][1] != 0, (p.s[1][1] != p.t[1][1]).to(device))  # bf16's may agree by chance
+
+
+@each_backend
+@MODES
+@pytest.mark.parametrize("loss", [*QFL, "kl"])
+@pytest.mark.parametrize("beta", [1e-3, 0.5, 1.0, 2.0, 3.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_where_logits_agree_value_and_slope_are_zero(rng, backend, device, grad_mode, loss, beta, dtype):
+    """Also for a beta below 1, whose |d|^(beta - 1) is infinite there, and at both ends."""
+    p = pyramid(rng, sizes=TWO, dtype=dtype, device=device).without("s", "t")
+    with torch.no_grad():
+        for i, at in enumerate((-90.0, -17.0, 0.0, 30.0, 90.0, 1e4)):
+            p.z[0][1, i] = at
+        p.x[0].copy_(p.z[0])
+    answer = run(p, backend, grad_mode=grad_mode, cls_loss=loss, beta=beta)
+    assert answer.cls_per_level[0] == 0
+    assert not answer.grads[0].any()
+    assert answer.grads[1].isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("loss", QFL)
+@pytest.mark.parametrize("beta", [0.01, 0.5, 1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_next_to_each_other_have_a_finite_slope(backend, device, loss, beta, dtype):
+    z = torch.tensor([-95.0, -88.0, -60.0, -17.0, -1e-3, 0.0, 1e-30, 1.0, 17.0, 88.0, 300.0], dtype=dtype)
+    ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    for end in ends:
+        x = torch.nextafter(z, end)
+        p = Pyramid(None, None, [x.view(1, 1, 1, -1).to(device)], [z.view(1, 1, 1, -1).to(device)]).map(torch.clone)
+        answer = run(p, backend, cls_loss=loss, beta=beta, mask=[torch.ones(1, 1, len(z), device=device)])
+        assert answer.loss.isfinite()
+        assert answer.grads[0].isfinite().all()
+        assert (answer.grads[0].flatten().cpu() * end.sign() >= 0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("loss", QFL)
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("who", ["x", "z"])
+def test_a_nan_among_logits_stays_one_in_qfl(rng, backend, device, loss, beta, who):
+    p = pyramid(rng, sizes=TWO, device=device).without("s", "t")
+    with torch.no_grad():
+        getattr(p, who)[0][0, 2, 1, 3] = math.nan
+    mask = [torch.ones(v[:, 0].shape, device=device) for v in p.z]
+    answer = run(p, backend, cls_loss=loss, beta=beta, mask=mask)
+    assert answer.cls_per_level.isnan().tolist() == [True, False]
+    assert answer.grads[0][0, 2, 1, 3].isnan()
+    assert answer.grads[0].isnan().sum() == 1
 
 
 @each_backend

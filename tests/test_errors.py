@@ -12,7 +12,16 @@ import torch
 from cases import unharmed
 from environment import python_environment
 
-from frs_kernels import FeatureAdapter, FSRLoss, backends, fsr_loss, masked_imitation_loss, native, richness_mask
+from frs_kernels import (
+    FeatureAdapter,
+    FSRLoss,
+    backends,
+    fsr_loss,
+    masked_imitation_loss,
+    native,
+    quality_focal_distillation,
+    richness_mask,
+)
 
 Call = dict[str, Any]
 
@@ -269,6 +278,31 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
         lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 4)], weight=Z(3)),
         ValueError,
         ("weight must be a 0-dim tensor", "(3,)"),
+    ),
+    "focal detach": (
+        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], detach=1),  # type: ignore[call-overload]
+        TypeError,
+        ("detach must be True or False", "1"),
+    ),
+    "focal beta": (
+        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], beta=-0.5),
+        ValueError,
+        ("beta must be zero or more", "-0.5"),
+    ),
+    "focal teacher": (
+        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], Z(1, 2, 3, 4)),  # type: ignore[call-overload]
+        TypeError,
+        ("teacher_logits must be a list", "Tensor"),
+    ),
+    "focal classes": (
+        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 5, 3, 4)]),
+        ValueError,
+        ("2 and 5 channels", "anchors and classes"),
+    ),
+    "focal mask": (
+        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 5)]),
+        ValueError,
+        ("mask[0] (1, 3, 5)", "teacher[0] (1, 2, 3, 4)"),
     ),
     "module cls_loss": (lambda: FSRLoss(cls_loss="x"), ValueError, ("cls_loss='x'", "'kl'")),
     "module feat_loss": (lambda: FSRLoss(feat_loss="kl"), ValueError, ("feat_loss='kl'", "'smooth_l1'")),

@@ -45,7 +45,7 @@ def test_a_whole_pyramid_is_right(rng, backend, dtype, layout, grad_mode):
     assert_right(pyramid(rng, dtype=dtype, layout=layout, **WIDE), backend, grad_mode=grad_mode)
 
 
-@pytest.mark.parametrize(("feat_loss", "cls_loss"), [("mse", "bce"), ("l1", "kl"), ("smooth_l1", "bce")])
+@pytest.mark.parametrize(("feat_loss", "cls_loss"), [("mse", "bce"), ("l1", "kl"), ("smooth_l1", "bce"), ("l1", "qfl")])
 def test_gradcheck_natively(rng, backend, feat_loss, cls_loss):
     p = pyramid(rng, sizes=((2, 3, 3), (1, 1, 2)), channels=3, classes=5, dtype=torch.float64, device="cuda")
 

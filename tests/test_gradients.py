@@ -45,6 +45,10 @@ def away_from_kinks(p: Pyramid) -> Pyramid:
         {"feat_loss": "l1"},
         {"feat_loss": "smooth_l1", "beta": 0.5},
         {"feat_loss": "smooth_l1", "beta": 20.0, "cls_loss": "kl"},
+        {"cls_loss": "qfl"},
+        {"cls_loss": "qfl", "beta": 2.0, "temperature": 2.0},
+        {"cls_loss": "qfl", "beta": 0.5},
+        {"cls_loss": "qfl_detached", "beta": 0.0},
     ],
     ids=str,
 )
@@ -58,7 +62,7 @@ def test_gradcheck(rng, backend, device, options):
 
 
 @each_backend
-@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl"])
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl", "qfl"])
 def test_gradcheck_of_masked_imitation(rng, backend, device, loss):
     p = away_from_kinks(tiny(rng, device, dtype=torch.float64))
     mask = [torch.rand(s[:, 0].shape, generator=rng, dtype=torch.float64).to(device) for s in p.s]

@@ -36,6 +36,7 @@ SNIPPET = """
 import torch
 from typing_extensions import assert_type
 from frs_kernels import PRESETS, FSRLoss, FSRTerms, ImitationTerms, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels import quality_focal_distillation
 
 x = [torch.zeros(1, 2, 3, 4)]
 flag = bool(x)
@@ -47,6 +48,9 @@ assert_type(masked_imitation_loss(x, x, [torch.zeros(1, 3, 4)], weight=torch.one
 m = richness_mask(x)
 assert_type(masked_imitation_loss(x, x, m, loss="kl", return_terms=True), ImitationTerms)
 assert_type(masked_imitation_loss(x, x, m, return_terms=flag), torch.Tensor | ImitationTerms)
+assert_type(quality_focal_distillation(x, x, beta=2.0, detach=True), torch.Tensor)
+assert_type(quality_focal_distillation(x, x, m, return_terms=True), ImitationTerms)
+assert_type(quality_focal_distillation(x, x, m, return_terms=flag), torch.Tensor | ImitationTerms)
 assert_type(richness_mask(x).scores, list[torch.Tensor])
 assert_type(fsr_loss(x, x, x, x, **PRESETS["gfl"]), torch.Tensor)
 assert_type(fsr_loss(x, x, x, x, feat_loss="smooth_l1", beta=0.5, return_terms=True), FSRTerms)

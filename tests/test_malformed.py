@@ -134,7 +134,12 @@ def test_malformed_calls_of_an_operator_are_refused_and_write_nothing(rng, verb)
         ("imitate", "term", [0, 2, 1, 1], ("student[1] (1, 7, 2, 2): there is no term 2",)),
         ("imitate", "term", [1, 1, 1, 1], ("term 0 has no entry",)),
         ("imitate", "eps", [0.0] * 5, ("level, term, scale and eps must have an element an entry",)),
-        ("imitate", "loss", ["bce", "hinge"], ("'hinge' is unknown", "'mse', 'l1', 'smooth_l1', 'bce', 'kl'")),
+        (
+            "imitate",
+            "loss",
+            ["bce", "hinge"],
+            ("'hinge' is unknown", "'mse', 'l1', 'smooth_l1', 'bce', 'kl', 'qfl',"),
+        ),
         ("imitate", "loss", [], ("loss is empty",)),
         ("imitate", "weight", [1.0], ("must have an element a term, as loss has: 2",)),
         ("imitate", "factor", [torch.zeros(1), None], ("factor must be 0-dim", "(1)")),

@@ -45,8 +45,8 @@ def pyramids(draw: st.DrawFn, **fixed: Any) -> Pyramid:
 def choices(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "feat_loss": draw(st.sampled_from(["mse", "l1", "smooth_l1"])),
-        "beta": draw(st.sampled_from([0.0, 0.5, 3.0])),
-        "cls_loss": draw(st.sampled_from(["bce", "kl"])),
+        "beta": draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+        "cls_loss": draw(st.sampled_from(["bce", "kl", "qfl", "qfl_detached"])),
         "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
         "normalizer": draw(st.sampled_from(["mass", "mass_channels", "total_mass"])),
         "eps": draw(st.sampled_from([0.0, 1e-9, 2.0])),
@@ -111,6 +111,24 @@ def test_kl_is_never_negative_and_zero_where_they_agree(p):
     same = Pyramid(p.t, p.t, p.z, p.z).map(torch.clone)
     assert run(same, "torch", cls_loss="kl").loss == 0
     assert not any(g.any() for g in run(same, "torch").grads)
+
+
+@given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), beta=st.floats(1e-3, 10))
+@few
+def test_qfl_is_a_part_of_bce_and_zero_where_they_agree(p, beta):
+    bce, qfl, detached = (run(p, "torch", cls_loss=loss, beta=beta) for loss in ("bce", "qfl", "qfl_detached"))
+    assert (qfl.cls_per_level >= 0).all()
+    assert (qfl.cls_per_level <= bce.cls_per_level).all()
+    assert torch.equal(qfl.loss, detached.loss)
+    for plain, whole, part in zip(*(a.grads[len(p.s) :] for a in (bce, qfl, detached)), strict=True):
+        assert (whole * plain >= 0).all()
+        assert (part.abs() <= whole.abs()).all()
+        assert (part.abs() <= plain.abs()).all()
+    same = Pyramid(p.t, p.t, p.z, p.z).map(torch.clone)
+    for loss in ("qfl", "qfl_detached"):
+        answer = run(same, "torch", cls_loss=loss, beta=beta)
+        assert answer.loss == 0
+        assert not any(g.any() for g in answer.grads)
 
 
 @given(p=pyramids(dtype=torch.float64, teacher_dtype=torch.float64), beta=st.floats(1e-3, 10))

@@ -15,7 +15,7 @@ from truth import lay_out
 from frs_kernels.ops import VERBS
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-LOSSES = ("mse", "l1", "smooth_l1", "bce", "kl")
+LOSSES = ("mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached")
 PLACES = ((2, 3, 5), (2, 1, 1), (1, 4, 4))  # (N, H, W) of a level
 
 
@@ -66,6 +66,8 @@ def different_terms(device: str) -> list[Term]:
         Term("kl", 2.0, temperature=0.5),
         Term("l1", 3.0, number(0.5, device, f64), want_grad=False),
         Term("smooth_l1", 1.0, beta=4.0, temperature=7.0),
+        Term("qfl", 1.5, temperature=2.0, beta=1.25),
+        Term("qfl_detached", 0.5, number(2.0, device), beta=2.0),
     ]
 
 
@@ -144,7 +146,7 @@ def test_more_entries_than_a_launch_takes(rng, backend, device, count):
 @each_backend
 def test_more_terms_than_a_launch_takes(rng, backend, device):
     make = Maker(rng, device)
-    terms = [Term(LOSSES[t % 5], 1.0 + t, want_grad=t % 3 > 0) for t in range(11)]
+    terms = [Term(LOSSES[t % 7], 1.0 + t, want_grad=t % 3 > 0) for t in range(11)]
     make.check(backend, [make.entry(t % 3, t, 1 + t % 4) for t in range(11)], terms)
 
 
@@ -199,7 +201,7 @@ def test_empty_levels_lie_among_the_others(rng, backend, device):
 @each_backend
 def test_every_run_gives_the_same_bits(rng, backend, device):
     make, terms = Maker(rng, device), different_terms(device)
-    call = make.call([make.entry(i % 3, i % 6, 1 + i % 7) for i in range(20)], terms)
+    call = make.call([make.entry(i % 3, i % 8, 1 + i % 7) for i in range(24)], terms)
     first, second = (imitate(backend, *call) for _ in range(2))
     assert all(same_bits(a, b) for a, b in zip([*first[:2], *first[2]], [*second[:2], *second[2]], strict=True))
 
@@ -209,7 +211,7 @@ def test_every_run_gives_the_same_bits(rng, backend, device):
 def test_distill_is_score_then_imitate(rng, backend, device, dtype):
     make, terms = Maker(rng, device), different_terms(device)
     logits = [make.entry(level, 0, 7, (dtype, dtype)).z for level in range(3)]
-    entries = [make.entry(level, t, 4, (dtype, dtype)) for t in range(6) for level in (2, 0, 1)]
+    entries = [make.entry(level, t, 4, (dtype, dtype)) for t in range(len(terms)) for level in (2, 0, 1)]
     entries += [Entry(z.flip(1), z, level, 0) for level, z in enumerate(logits)]
     table = columns(entries, terms)
     student, teacher = [e.x for e in entries], [e.z for e in entries]

@@ -38,6 +38,13 @@ FRS_INLINE void store(void* p, V v) {
   *static_cast<typename Unaligned<V>::type*>(p) = v;
 }
 
+// As the C library has it: for a beta other than 1 and 2, which few ask for. Called, not inlined: that would be sixteen
+// calls in each kernel of the loss. Static: no other instruction set may take it for its own.
+[[maybe_unused]] static __attribute__((noinline)) F32 power_by_lanes(F32 a, float s) {
+  for (int lane = 0; lane < WIDTH; ++lane) a[lane] = ::powf(a[lane], s);
+  return a;
+}
+
 }  // namespace frs::FRS_ISA
 
 template <>
@@ -104,6 +111,8 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
     return e - t * (e - q * p);
 #endif
   }
+
+  static FRS_INLINE V power(V a, float s) { return FRS_ISA::power_by_lanes(a, s); }
 };
 
 namespace frs::FRS_ISA {

@@ -251,8 +251,8 @@ def segments_of(
         layout = lv.layout_of(tensors)
         gaps = lv.gaps_of(tensors, layout)
         loss = table.loss[t]
-        if loss == "kl" and not want_loss:
-            loss = "bce"  # the same gradient: one kernel fewer to compile
+        if (loss == "kl" and not want_loss) or (loss in ("qfl", "qfl_detached") and table.beta[t] == 0):
+            loss = "bce"  # the same, or the same gradient: one kernel fewer to compile
         itemsize = max(8 if double else 0, *(v.element_size() for v in tensors))
         block_c, block_p, chunk = tile_of(layout, max(shape[1] for shape in shapes), loss, itemsize)
         segments.append(

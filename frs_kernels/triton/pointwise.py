@@ -5,17 +5,19 @@
     smooth_l1   d^2 / (2 beta) where |d| < beta, else |d| - beta/2  d / beta, or sign(d)        d = x - z
     bce         log1p(e) + |x| miss                                 sign(x) (miss - tail) = sigmoid(x) - sigmoid(z)
     kl          bce(x, z) - bce(z, z)                               as bce
+    qfl         |d|^beta bce(x, z)                                  |d|^beta d + beta |d|^(beta-1) sign(d) p (1 - p) bce
+    qfl_detached  as qfl                                            |d|^beta d          d = p - q, the slope of bce
 
 with e = exp(-|x|), tail = e / (1 + e) = sigmoid(-|x|), and miss = sigmoid(-z) where x >= 0, sigmoid(z) where x < 0.
 Mirrored so that the student is on the positive side, nothing cancels where a logit saturates (docs/math.md), and the
-slope is exactly 0 where x and z agree.
+slope is exactly 0 where x and z agree. p = sigmoid(x), q = sigmoid(z); beta = 0 is bce, under that name.
 """
 
 import triton
 import triton.language as tl
 
 # The losses that are 0 where x and z are: what does not exist is read as 0 and adds nothing. The others are masked.
-ZERO_AT_ZERO = ("mse", "l1", "smooth_l1", "kl")
+ZERO_AT_ZERO = ("mse", "l1", "smooth_l1", "kl", "qfl", "qfl_detached")
 # The interpreter knows no machine code.
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -104,10 +106,51 @@ def sign_of(d):
 
 
 @triton.jit
+def power_of(a, s):
+    """a^s for a in [0, 1] and s > -1, that of the smallest normal number where a is less: 0 times it is 0.
+
+    a = 2^k m with m around 1, and 2^n 2^f with n whole and f = s k - n + s log2(m): an error of the logarithm is one of
+    m's, not of one as large as that of a, which would cost a digit or two.
+    """
+    if a.dtype == tl.float64:
+        bits = tl.where(a < 2.2250738585072014e-308, 2.2250738585072014e-308, a).to(tl.int64, bitcast=True)
+        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+        k, m = exponent.to(tl.float64), (bits - (exponent << 52)).to(tl.float64, bitcast=True)
+    else:
+        bits = tl.where(a < 1.1754943508222875e-38, 1.1754943508222875e-38, a).to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F3504F3) >> 23
+        k, m = exponent.to(tl.float32), (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    log2_m = tl.log2(m)
+    n = tl.floor(s * (k + log2_m) + 0.5)
+    return tl.exp2(tl.fma(log2_m, s, tl.fma(k, s, -n))) * tl.exp2(n)
+
+
+@triton.jit
+def quality_focal(x, z, beta, DETACHED: tl.constexpr):
+    """bce times |d|^beta. One power serves both parts of the slope, which have the same sign: nothing cancels."""
+    bce, d = bernoulli(x, z, False)
+    a = tl.abs(d)
+    if beta == 1:
+        power = tl.full(a.shape, 1.0, a.dtype)
+    elif beta == 2:
+        power = a
+    else:
+        power = power_of(a, beta - 1)
+    weight = a * power
+    slope = weight * d
+    if not DETACHED:
+        e = exp_of_minus(magnitude(x))
+        head = reciprocal(1.0 + e)
+        slope += sign_of(d) * ((beta * power) * (e * head * head) * bce)
+    return weight * bce, slope
+
+
+@triton.jit
 def pointwise(x, z, beta, inverse_beta, LOSS: tl.constexpr):
-    """Value and slope; only smooth_l1 reads beta and its inverse, which is 0 where beta is."""
+    """Value and slope; smooth_l1 and qfl read beta, and smooth_l1 its inverse, which is 0 where beta is."""
+    IS_QFL: tl.constexpr = LOSS == "qfl" or LOSS == "qfl_detached"
     tl.static_assert(
-        LOSS == "mse" or LOSS == "l1" or LOSS == "smooth_l1" or LOSS == "bce" or LOSS == "kl",
+        LOSS == "mse" or LOSS == "l1" or LOSS == "smooth_l1" or LOSS == "bce" or LOSS == "kl" or IS_QFL,
         "a loss without its maths",
     )
     if LOSS == "mse":
@@ -120,6 +163,8 @@ def pointwise(x, z, beta, inverse_beta, LOSS: tl.constexpr):
         d = x - z
         slope = tl.where(tl.abs(d) < beta, d * inverse_beta, sign_of(d))
         return slope * (d - slope * (0.5 * beta)), slope
+    elif IS_QFL:
+        return quality_focal(x, z, beta, LOSS == "qfl_detached")
     else:
         tl.static_assert(LOSS == "bce" or LOSS == "kl", "a loss without its maths")
         return bernoulli(x, z, LOSS == "kl")

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from truth import Answer, Levels, Pyramid, eager, truth
+from truth import QFL, Answer, Levels, Pyramid, eager, moves, size, truth
 
 from frs_kernels import FSRTerms, backends, fsr_loss
 
@@ -104,6 +105,10 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
         alone = Pyramid(p.s, p.t, p.x, [torch.full_like(z, -1e4) for z in p.z])
         given = options | {"mask": expected.mask}
         subtracted = [*subtracted[: len(p.s or [])], *truth(alone, **given).grads[len(p.s or []) :]]
+        if options.get("cls_loss") in QFL:
+            moved = truth(p, **options, of=partial(moves, eps=eps)).grads[len(p.s or []) :]
+            heads = [torch.maximum(a.abs(), b.abs()) for a, b in zip(subtracted[len(p.s or []) :], moved, strict=True)]
+            subtracted = [*subtracted[: len(p.s or [])], *heads]
         eps *= condition(p, **options)
     sizes = [(b.abs().max().item(), c.abs().max().item()) if b.numel() else (0.0, 0.0)
              for b, c in zip(expected.grads, subtracted, strict=True)]  # fmt: skip
@@ -131,12 +136,13 @@ def assert_right(p: Pyramid, backend: str, **options: Any) -> Answer:
     mode = {key: options.pop(key) for key in ("grad_mode",) if key in options}
     actual, expected = run(p, backend, **options, **mode), truth(host(p), **_host(options))
     double = working_dtype(p) == torch.float64
-    # kl is a difference of two entropies: what cancels is measured against the entropies.
-    scale = truth(host(p), **_host(options) | {"cls_loss": "bce"}) if options.get("cls_loss") == "kl" else expected
+    cancels = options.get("cls_loss") in (*QFL, "kl")
+    of = partial(size, eps=torch.finfo(working_dtype(p)).eps)
+    scale = truth(host(p), **_host(options), of=of) if cancels else expected
     loosened = condition(host(p), **options) if p.x else 1.0
     for name in ("loss", "feat", "cls", "feat_per_level", "cls_per_level", "mass"):
-        a, b, size = (getattr(answer, name).double().cpu() for answer in (actual, expected, scale))
-        allowed = (1e-13 if double else 1e-6) * size.abs() * loosened
+        a, b, most = (getattr(answer, name).double().cpu() for answer in (actual, expected, scale))
+        allowed = (1e-13 if double else 1e-6) * most.abs() * loosened
         assert ((a - b).abs() <= allowed).all(), f"{name}: {a.tolist()} is not {b.tolist()}"
     for level, (a, b) in enumerate(zip(actual.mask, expected.mask, strict=True)):
         assert a.shape == b.shape

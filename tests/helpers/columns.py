@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from cases import condition, relative, ulp
 from torch import Tensor
-from truth import Levels, Pyramid, eager_value, value
+from truth import QFL, Levels, Pyramid, eager_value, moves, size, value
 
 from frs_kernels.levels import accumulate_dtype, level_slices
 from frs_kernels.ops import VERBS
@@ -102,14 +103,13 @@ def assert_right(
     loosened = [condition(Pyramid(None, None, [e.x], [e.z]), terms[e.term].temperature) for e in entries]
     if want_loss:
         assert got.total.dtype == got.values.dtype == dtype
-        # kl is a difference of two entropies: what cancels is measured against the entropies
-        plain = [t._replace(loss="bce") if t.loss == "kl" else t._replace(weight=abs(t.weight)) for t in terms]
-        size = truth(entries, plain, scores, norm)
+        plain = [t if t.loss == "kl" else t._replace(weight=abs(t.weight)) for t in terms]
+        most = _computed(partial(size, eps=eps), entries, plain, scores.double(), norm.double())
         bound = (1e-13 if eps < 1e-10 else 1e-6) * max(loosened)
         assert got.total.shape == ()
         assert got.values.shape == right.values.shape
-        assert abs(got.total.cpu() - right.total) <= bound * size.total.abs()
-        assert ((got.values.cpu() - right.values).abs() <= bound * size.values.abs()).all()
+        assert abs(got.total.cpu() - right.total) <= bound * most.total.abs()
+        assert ((got.values.cpu() - right.values).abs() <= bound * most.values.abs()).all()
     else:
         assert got.total.numel() == got.values.numel() == 0
     wanted = [i for i, e in enumerate(entries) if terms[e.term].want_grad]
@@ -126,7 +126,11 @@ def assert_right(
         alone = Entry(entry.x, torch.full_like(entry.z, -1e4), 0, 0, entry.scale, entry.eps)
         places = level_slices([e.x for e in entries], [e.level for e in entries], scores.numel())
         of_level = scores[places[entry.level]], norm[entry.level : entry.level + 1]
-        before = truth([alone], [term], *of_level).grads[0] if term.loss in ("bce", "kl") else right.grads[i]
+        before = truth([alone], [term], *of_level).grads[0] if term.loss in ("bce", "kl", *QFL) else right.grads[i]
+        if term.loss in QFL:
+            moved = _computed(partial(moves, eps=eps), [replace(entry, level=0, term=0)], [term],
+                              *(v.double() for v in of_level)).grads[0]  # fmt: skip
+            before = torch.maximum(before.abs(), moved.abs())
         sizes = [
             right.grads[i].abs().max(),
             2 * loosened[i] * eps * max(before.abs().max(), right.grads[i].abs().max()),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 Levels = list[Tensor]
 SMALL = ((2, 8, 12), (2, 3, 7), (2, 1, 1))  # (N, H, W) a level
+QFL = ("qfl", "qfl_detached")
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned", "rows", "columns")
 
 
@@ -128,7 +129,45 @@ def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float
     x, z = x / temperature, z / temperature
     bce = softplus(x) - x * torch.sigmoid(z)
     entropy = softplus(z) - z * torch.sigmoid(z)
+    if loss in QFL:
+        bce = bce * power(torch.sigmoid(x) - torch.sigmoid(z), beta, detach=loss == "qfl_detached")
     return temperature**2 * (bce - entropy if loss == "kl" else bce)
+
+
+def power(d: Tensor, beta: float, *, detach: bool) -> Tensor:
+    """|d|^beta, and where d is 0 a derivative of 0, which autograd gives to no beta < 1."""
+    if beta == 0:
+        return torch.ones_like(d)
+    d = d.detach() if detach else d
+    return torch.where(d == 0, 0.0, torch.where(d == 0, 1.0, d.abs()) ** beta)
+
+
+def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
+    """What the roundings of a value are relative to, where it is more than the value: sums of what may cancel in it.
+
+    kl is a difference of two entropies. qfl is a power of a difference of two probabilities, which is off by `eps` of
+    the smaller of p and 1 - p.
+    """
+    if loss not in (*QFL, "kl"):
+        return value(loss, x, z, temperature, beta)
+    bce = value("bce", x, z, temperature)
+    if loss == "kl" or beta == 0:
+        return bce
+    p, q = (torch.sigmoid(v / temperature) for v in (x, z))
+    d = (p - q).abs().clamp_min(eps)
+    return bce * (d**beta + beta * d ** (beta - 1) * (p * (1 - p) + q * (1 - q)))
+
+
+def moves(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
+    """As a value: its gradient is what the roundings of a slope are relative to, for qfl what moves with d."""
+    if loss not in QFL or beta == 0:
+        return value(loss, x, z, temperature, beta)
+    bce = value("bce", x, z, temperature) / temperature**2
+    p, q = (torch.sigmoid(v / temperature) for v in (x, z))
+    d = (p - q).abs().clamp_min(eps)
+    with_weight = (beta + 1) * d**beta
+    within = beta * abs(beta - 1) * d ** (beta - 2) * p * (1 - p) * bce * (loss == "qfl")
+    return (temperature * (with_weight + within) * (p + q)).detach() * x
 
 
 def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -143,13 +182,15 @@ def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta:
     bce = F.binary_cross_entropy_with_logits(x, z.sigmoid(), reduction="none")
     if loss == "kl":
         bce = bce - F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none")
+    if loss in QFL:
+        bce = bce * power(x.sigmoid() - z.sigmoid(), beta, detach=loss == "qfl_detached")
     return temperature**2 * bce
 
 
 def _values(
     of: Callable[..., Tensor], feat_loss: str, cls_loss: str, temperature: float, beta: float
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature)
+    return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature, beta=beta)
 
 
 def truth(
@@ -159,10 +200,11 @@ def truth(
     cls_loss: str = "bce",
     temperature: float = 1.0,
     beta: float = 1.0,
+    of: Callable[..., Tensor] = value,
     **options: Any,
 ) -> Answer:
-    """The definition, in fp64, of the values the tensors hold."""
-    return _answer(p.to(torch.float64), *_values(value, feat_loss, cls_loss, temperature, beta), **options)
+    """The definition, in fp64, of the values the tensors hold; or `size` in its place."""
+    return _answer(p.to(torch.float64), *_values(of, feat_loss, cls_loss, temperature, beta), **options)
 
 
 def authors(p: Pyramid, **options: Any) -> Answer:

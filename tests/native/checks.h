@@ -3,6 +3,7 @@
 //     S = max_k sigmoid(z)     share = scale S / (norm + eps)     d = x - z
 //     mse = d^2     l1 = |d|     smooth_l1 = d^2 / (2 beta) where |d| < beta, else |d| - beta / 2
 //     bce = softplus(x) - x sigmoid(z)     kl = bce(x, z) - bce(z, z)
+//     qfl = |p - q|^beta bce, p = sigmoid(x), q = sigmoid(z); the slope of qfl_detached takes the power for a constant
 #pragma once
 
 #include <limits>
@@ -83,6 +84,26 @@ Truth truth_of_logits(bool kl, Real x, Real z, Real temperature) {
   return {t.value * square, t.slope * temperature, t.value_scale * square, t.slope_scale * temperature};
 }
 
+// Of bce, with what rounding d = p - q makes of its power. Both parts of the slope move with d, and with a few
+// roundings of the power's own.
+Truth truth_of_focal(const TermSpec& term, Real x, Real z, bool detached) {
+  const Real tau = term.temperature, beta = term.beta;
+  const Truth bce = truth_of_logits(false, x, z, tau);
+  if (beta == 0) return bce;
+  // The long double itself has as little of d as is 1e-19 of p and q.
+  const Real d = bce.slope / tau, a = std::max(std::fabs(d), Real(1e-18)), move = bce.slope_scale / tau;
+  const Real value = bce.value / (tau * tau), value_scale = bce.value_scale / (tau * tau);
+  const Real p = sigmoid(x / tau), variance = p * sigmoid(-x / tau), power = d == 0 ? 0 : std::pow(a, beta);
+  const Real moving = d == 0 || detached ? 0 : beta * std::pow(a, beta - 1) * (d > 0 ? 1 : -1) * variance;
+  // exp(-|x|) is off by |x| / 12 of its bound's roundings, and the quotient of an x by tau by as many
+  const Real own = 1 + (beta + 2 + std::fabs(x / tau) * 0.25L) / 2;
+  const Real weight_scale = power * own + beta * std::pow(a, beta - 1) * move;
+  const Real slope_scale = (beta + 1) * power * move + std::fabs(power * d) * own +
+                           std::fabs(moving) * (value * own + value_scale + value * std::fabs(beta - 1) * move / a);
+  return {power * value * tau * tau, (power * d + moving * value) * tau,
+          (weight_scale * std::fabs(value) + power * value_scale) * tau * tau, slope_scale * tau};
+}
+
 Truth truth(const TermSpec& term, Real x, Real z) {
   const Real d = x - z, a = std::fabs(d), beta = term.beta, sign = d > 0 ? 1 : d < 0 ? -1 : d;
   switch (term.loss) {
@@ -93,11 +114,15 @@ Truth truth(const TermSpec& term, Real x, Real z) {
       return {a - beta / 2, sign, a, std::fabs(sign)};
     case Loss::bce: return truth_of_logits(false, x, z, term.temperature);
     case Loss::kl: return truth_of_logits(true, x, z, term.temperature);
+    case Loss::qfl: return truth_of_focal(term, x, z, false);
+    case Loss::qfl_detached: return truth_of_focal(term, x, z, true);
     default: std::abort();  // a new loss wants a line
   }
 }
 
-bool takes_logits(Loss loss) { return loss == Loss::bce || loss == Loss::kl; }
+bool takes_logits(Loss loss) {
+  return loss == Loss::bce || loss == Loss::kl || loss == Loss::qfl || loss == Loss::qfl_detached;
+}
 
 // Everything that a call reads and writes, each in memory of its own.
 struct Data {

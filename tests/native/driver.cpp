@@ -11,20 +11,22 @@
 namespace {
 
 constexpr DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
-constexpr Loss FEATURES[] = {Loss::mse, Loss::l1, Loss::smooth_l1}, LOGITS[] = {Loss::bce, Loss::kl};
+constexpr Loss FEATURES[] = {Loss::mse, Loss::l1, Loss::smooth_l1},
+               LOGITS[] = {Loss::bce, Loss::kl, Loss::qfl, Loss::qfl_detached};
 constexpr int64_t CHANNELS[] = {5, 24, 1, 80, 3, 17};
 const std::vector<Shape> SMALL = {{2, 7, 4, 8}, {1, 7, 5, 7}, {2, 7, 1, 1}};
 
 // A term of logits and one of features: every loss, output, temperature and beta in turn.
 std::vector<TermSpec> terms(int i) {
-  const double betas[] = {1, 0, 0.75, 8};
-  TermSpec logits{LOGITS[i % 2]}, features{FEATURES[i % 3]};
+  const double betas[] = {1, 0, 0.75, 8}, exponents[] = {1, 2, 1.5, 0, 3};
+  TermSpec logits{LOGITS[(i + i / 4) % 4]}, features{FEATURES[i % 3]};
   logits.temperature = i % 4 == 2 ? 2.5 : 1;
   logits.weight = 0.5, features.weight = -1.25;
   logits.has_factor = i % 6 != 5, features.has_factor = i % 5 == 2;
   logits.factor_dtype = DTYPES[i % 4], features.factor_dtype = DTYPES[(i + 1) % 4];
   logits.want_grad = i % 7 != 4, features.want_grad = i % 9 != 5;
   features.beta = betas[i % 4];
+  logits.beta = exponents[i % 5];
   return {logits, features};
 }
 
@@ -63,7 +65,7 @@ void dtypes_and_layouts(int& i) {
         ++i;
       }
   for (DType d : DTYPES)  // every loss, with and without it, where the wide walks run
-    for (Loss loss : {Loss::mse, Loss::l1, Loss::smooth_l1, Loss::bce, Loss::kl})
+    for (Loss loss : {Loss::mse, Loss::l1, Loss::smooth_l1, Loss::bce, Loss::kl, Loss::qfl, Loss::qfl_detached})
       for (bool want_loss : {true, false}) {
         const Layout layouts[] = {contiguous, channel_gap, channels_last, packed_rows};
         Call call = plain(loss, {{2, 16, 8, 8}}, d, layouts[i++ % 4]);
