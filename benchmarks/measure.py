@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +55,18 @@ def spread(runs: list[float]) -> Spread:
 class Step:
     """One training step of a loss, forward and backward with an upstream factor, on the next of several inputs."""
 
-    def __init__(self, loss: Loss, copies: list[list[list[Tensor]]], scale: float) -> None:
+    def __init__(
+        self, loss: Loss, copies: list[list[list[Tensor]]], scale: float, students: Sequence[int] = (0, 2)
+    ) -> None:
         self.loss = loss
+        self.students = students  # which of the lists' gradients are taken
         self.copies = itertools.cycle(copies)
         self.scale = scale
 
     def __call__(self) -> tuple[float, float]:
         """Seconds of the forward and of the backward pass; the gradients are new in each step, as in training."""
         inputs = next(self.copies)
-        students = [*inputs[0], *inputs[2]]
+        students = self.wanted(inputs)
         if students[0].is_cuda:
             return self._on_gpu(inputs, students)
         start = time.perf_counter()
@@ -71,6 +74,9 @@ class Step:
         middle = time.perf_counter()
         torch.autograd.grad(loss, students)
         return middle - start, time.perf_counter() - middle
+
+    def wanted(self, inputs: list[list[Tensor]]) -> list[Tensor]:
+        return [v for number in self.students for v in inputs[number]]
 
     def forward(self, inputs: list[list[Tensor]]) -> Tensor:
         loss = self.loss(*inputs)
@@ -173,13 +179,15 @@ def _gpu_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def graph_seconds(loss: Loss, copies: list[list[list[Tensor]]], scale: float, calls: int = 20) -> list[float] | None:
+def graph_seconds(
+    loss: Loss, copies: list[list[list[Tensor]]], scale: float, students: Sequence[int] = (0, 2), calls: int = 20
+) -> list[float] | None:
     """Seconds of a step, in each of several replays of a CUDA graph of many; None where the loss cannot be captured."""
-    steps = Step(loss, copies, scale)
+    steps = Step(loss, copies, scale, students)
 
     def once() -> None:
         inputs = next(steps.copies)
-        torch.autograd.grad(steps.forward(inputs), [*inputs[0], *inputs[2]])
+        torch.autograd.grad(steps.forward(inputs), steps.wanted(inputs))
 
     try:
         stream = torch.cuda.Stream()

@@ -27,6 +27,7 @@ COLUMNS = ("forward + backward, ms", "GB/s", "% of copy", "model, ms", "× autho
 HOST_COLUMNS = ("µs a step", "× trivial", "launches")
 MODELLED = (f"{OURS} cuda", f"{OURS} triton")  # what benchmarks/model.py counts the launches of
 
+LOSSES_COLUMNS = ("loss", "implementation", "forward + backward, ms", "× the floor", "× eager", "× compile")
 STEP_COLUMNS = ("ms", "× student alone", "% for distilling", "% without the teacher", "peak extra, MB", "teacher, MB")
 
 
@@ -139,6 +140,12 @@ def show(console: Console, folder: Path) -> None:
             for name, cells in host_rows(record):
                 table.add_row(name, *cells)
             console.print(table)
+    if record := read(folder, "losses"):
+        size = "{height}×{width}, batch {batch}, {dtype}".format(**next(iter(record["losses"].values()))["case"])
+        table = Table(*LOSSES_COLUMNS, title=f"other losses, {size}")
+        for cells in losses_rows(record):
+            table.add_row(*cells)
+        console.print(table)
     if record := read(folder, "scaling"):
         table = Table("varied", "implementation", "each more costs, µs", "at none, ms", title="how cost grows")
         for name, sweep in record["sweeps"].items():
@@ -157,6 +164,20 @@ def show(console: Console, folder: Path) -> None:
                 table.add_row(f"[bold]{name}")
             table.add_row(f"  {arm}", *(cell.replace("[", "\\[") for cell in cells))
         console.print(table)
+
+
+def losses_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Cells of a losses.json, in the order of LOSSES_COLUMNS."""
+    found = []
+    for name, measured in record["losses"].items():
+        times = timed(measured["implementations"])
+        for who, seconds in times.items():
+            found.append([
+                name, who, milliseconds(seconds), f"{seconds * measured['copy_bandwidth'] / measured['bytes']:.1f}",
+                *(f"{times[rival] / seconds:.1f}" if rival in times else "" for rival in ("eager", "torch.compile")),
+            ])  # fmt: skip
+            name = ""
+    return found
 
 
 def step_rows(record: dict[str, Any]) -> list[tuple[str, str, list[str]]]:

@@ -1,9 +1,9 @@
 """All benchmarks of the loss on this machine: one command, one table, a result file a part, and plots.
 
-    python benchmarks/run.py [--quick] [--eager] [--parts loss scaling] [--out FOLDER]
+    python benchmarks/run.py [--quick] [--eager] [--parts loss losses scaling] [--out FOLDER]
 
-Writes loss.json and scaling.json, and the plots, to FOLDER/<device>/; `--out benchmarks/results` is how the committed
-ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step of mmdetection is
+Writes loss.json, losses.json and scaling.json, and the plots, to FOLDER/<device>/; `--out benchmarks/results` is how
+the committed ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step of mmdetection is
 bench_mmdet.py's, which needs another environment.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_loss
+import bench_losses
 import bench_scaling
 import report
 import torch
@@ -31,6 +32,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import frs_kernels
+
+PARTS = ("loss", "losses", "scaling")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small images, few rounds: for a look")
     parser.add_argument("--eager", action="store_true", help="no torch.compile, which takes longer than all the rest")
-    parser.add_argument("--parts", nargs="+", choices=("loss", "scaling"), default=["loss", "scaling"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no case is begun")
     options = parser.parse_args()
@@ -83,6 +86,7 @@ def main() -> int:
     head = describe(device) | {"quick": options.quick}
     cases = list(loss_cases(device, options.quick)) if "loss" in options.parts else []
     total = (len(cases) + 1 if cases else 0) + (6 if "scaling" in options.parts else 0)
+    total += len(bench_losses.compared()) if "losses" in options.parts else 0
     columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
@@ -96,6 +100,8 @@ def main() -> int:
 
         if cases:
             bench_loss.run(device, cases, options.quick, options.eager, advance, lambda found: save("loss", found))
+        if "losses" in options.parts:
+            bench_losses.run(device, options.quick, advance, lambda found: save("losses", found))
         if "scaling" in options.parts:
             bench_scaling.run(device, options.quick, advance, lambda found: save("scaling", found))
         progress.update(task, description="done", completed=total)

@@ -51,6 +51,13 @@ def test_the_readme_is_short():
     assert len(PAGE.splitlines()) < 180
 
 
+def test_every_test_that_is_named_exists():
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
+    assert len(named) > 40
+    assert [name for name in named if f"def {name}(" not in text] == []
+
+
 def test_every_page_is_on_the_site():
     nav = re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
     known = {page.relative_to(ROOT).as_posix().removeprefix("docs/") for page in PAGES}

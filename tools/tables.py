@@ -8,7 +8,7 @@
     mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
-    speed, speed-cpu,
+    speed, speed-cpu, losses,
     speed-short,
     targets, gpu-targets,
     ladder                  benchmarks/results, with its plots
@@ -159,6 +159,17 @@ def speed(kind: str | None = None) -> list[str]:
 TYPICAL = (800, 1344, 2)  # an image size that COCO is trained at, and a batch
 
 
+def losses() -> list[str]:
+    """The other losses on each machine that has them."""
+    lines: list[str] = []
+    for folder in devices():
+        if record := report.read(folder, "losses"):
+            size = "{height}×{width}, batch {batch}, {dtype}".format(**next(iter(record["losses"].values()))["case"])
+            lines += [f"{heading(record)}; {size}.", ""]
+            lines += [*markdown(report.LOSSES_COLUMNS, report.losses_rows(record)), ""]
+    return lines[:-1]
+
+
 def speed_short() -> list[str]:
     """One size of that grid, each detector's."""
     record = report.read(devices()[0], "loss")
@@ -243,6 +254,7 @@ def gpu_targets() -> list[str]:
 BLOCKS = {
     "speed": (speed, (ROOT / "docs" / "performance.md",)),
     "speed-cpu": (partial(speed, "cpu"), (ROOT / "docs" / "performance.md",)),
+    "losses": (losses, (ROOT / "docs" / "performance.md",)),
     "speed-short": (speed_short, (ROOT / "README.md",)),
     **{
         f"measured {folder.name}": (partial(measured, folder), (ROOT / "docs" / "measured" / f"{folder.name}.md",))

@@ -1,0 +1,107 @@
+"""The other losses: each against its published form in eager PyTorch, that form compiled, and the floor of the memory.
+
+On class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published form in fp64
+before it is timed: loss and gradients. A wrong one is reported as wrong and has no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from grid import Case
+from measure import Step, copies_of, copy_bandwidth, graph_seconds, interleaved, spread
+from torch import Tensor
+
+import frs_kernels
+
+CASE = Case("gfl", 400, 672, 4)
+QUICK = Case("gfl", 128, 160, 1)
+Levels = list[Tensor]
+
+
+def quality_focal(x: Levels, z: Levels, beta: float, detach: bool) -> Tensor:
+    """Li et al., Generalized Focal Loss, with the teacher's probabilities as targets; a level's mean over positions."""
+    loss = x[0].new_zeros(())
+    for a, b in zip(x, z, strict=True):
+        target = b.sigmoid()
+        weight = (a.sigmoid() - target).abs()
+        weight = weight if beta == 1 else weight.pow(beta)
+        value = F.binary_cross_entropy_with_logits(a, target, reduction="none") * (
+            weight.detach() if detach else weight
+        )
+        loss = loss + value.sum() / (a.shape[0] * a.shape[2] * a.shape[3])
+    return loss
+
+
+class Compared(NamedTuple):
+    published: Callable[[Levels, Levels], Tensor]
+    ours: Callable[..., Tensor]  # and a backend
+    tensors: int  # of the student's logits' size that must be read or written
+
+
+def compared() -> dict[str, Compared]:
+    found = {}
+    for beta, detach in ((1.0, False), (2.0, False), (1.5, False), (1.0, True)):
+        ours = partial(frs_kernels.quality_focal_distillation, beta=beta, detach=detach)
+        name = f"quality focal, beta {beta:g}{', detached' if detach else ''}"
+        found[name] = Compared(partial(quality_focal, beta=beta, detach=detach), ours, 3)
+    return found
+
+
+def implementations(loss: Compared, device: str) -> dict[str, Callable[[Levels, Levels], Tensor]]:
+    found = {"eager": loss.published, "torch.compile": torch.compile(loss.published, dynamic=False)}
+    for backend, reason in frs_kernels.backends.available().items():
+        if reason is None and (backend != "triton" or device == "cuda"):
+            found[f"frs_kernels {backend}"] = partial(loss.ours, backend=backend)
+    return found
+
+
+def fault(loss: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[list[Tensor]]) -> str | None:
+    """What is wrong with an implementation, or None: the loss within 1e-5, each gradient within 16 roundings by norm."""
+    _, _, x, z = inputs
+    wide = [[v.detach().double() for v in levels] for levels in (x, z)]
+    right = truth([v.requires_grad_() for v in wide[0]], wide[1])
+    got = loss(x, z)
+    if not abs(got.item() / right.item() - 1) < 1e-5:
+        return f"loss off by {abs(got.item() / right.item() - 1):.1e}"
+    for g, r in zip(torch.autograd.grad(got, x), torch.autograd.grad(right, wide[0]), strict=True):
+        far = ((g.double() - r).norm() / r.norm() / torch.finfo(g.dtype).eps).item()
+        if not far <= 16:
+            return f"gradients off by {far:.0f} roundings"
+    return None
+
+
+def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable[[dict[str, Any]], None]) -> None:
+    """Saves this benchmark's part of the result file after each loss; begins none that `advance` says is too late."""
+    case, bandwidth_step = QUICK if quick else CASE, copy_bandwidth(device, 64 if quick else 256)
+    found: dict[str, Any] = {"losses": {}}
+    for name, loss in compared().items():
+        if not advance(name):
+            continue
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        copies = copies_of(lambda: case.inputs(device), device)
+        results: dict[str, Any] = {}
+        steps: dict[str, Callable[[], Any]] = {}
+        for who, call in implementations(loss, device).items():
+            if (wrong := fault(call, loss.published, copies[0])) is not None:
+                results[who] = {"wrong": wrong}
+                continue
+            on_all = partial(lambda call, s, t, x, z: call(x, z), call)
+            results[who] = {}
+            if device == "cuda" and (runs := graph_seconds(on_all, copies, 1.0, students=(2,))):
+                results[who]["graph"] = spread(runs)
+            steps[who] = Step(on_all, copies, 1.0, students=(2,))
+        times = interleaved({**steps, "copy": bandwidth_step}, 0.5 if quick else 4.0)
+        bandwidth = spread(times.pop("copy")).median
+        for who, runs in times.items():
+            results[who]["step"] = spread([sum(each) for each in runs])
+        size = sum(v.nbytes for v in copies[0][2])
+        found["losses"][name] = {
+            "case": case.key(), "bytes": loss.tensors * size, "copy_bandwidth": bandwidth, "implementations": results,
+        }  # fmt: skip
+        save(found)
