@@ -61,7 +61,7 @@ def implementations(loss: Compared, device: str) -> dict[str, Callable[[Levels, 
 
 
 def fault(loss: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[list[Tensor]]) -> str | None:
-    """What is wrong with an implementation, or None: the loss within 1e-5, each gradient within 16 roundings by norm."""
+    """What is wrong with an implementation, or None: loss within 1e-5, each gradient within 16 roundings by norm."""
     _, _, x, z = inputs
     wide = [[v.detach().double() for v in levels] for levels in (x, z)]
     right = truth([v.requires_grad_() for v in wide[0]], wide[1])

@@ -3,8 +3,8 @@
     python benchmarks/run.py [--quick] [--eager] [--parts loss losses scaling] [--out FOLDER]
 
 Writes loss.json, losses.json and scaling.json, and the plots, to FOLDER/<device>/; `--out benchmarks/results` is how
-the committed ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step of mmdetection is
-bench_mmdet.py's, which needs another environment.
+the committed ones are made. Takes under 10 minutes on two cores, with --quick under 2. A whole training step is
+bench_mmdet.py's and bench_torchvision.py's, which need other environments.
 """
 
 from __future__ import annotations
