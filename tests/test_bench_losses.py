@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_losses
 import report
 from grid import Case
+from rich.console import Console
 
 
 @pytest.mark.parametrize("name", bench_losses.compared())
