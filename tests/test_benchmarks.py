@@ -213,10 +213,10 @@ def test_the_torch_backend_is_right_in_blocks(monkeypatch, layout, dtype):
 def test_the_torch_backend_takes_no_more_memory_than_the_authors_loop():
     case = Case("retinanet", 256, 320, 1)
     losses = implementations(case, "cpu", [])
-    ours, authors = (
-        peak_extra(measure.Step(losses[name], [case.inputs("cpu")], 1.0), "cpu")
-        for name in ("frs_kernels torch", "authors' form")
-    )
+    steps = [measure.Step(losses[name], [case.inputs("cpu")], 1.0) for name in ("frs_kernels torch", "authors' form")]
+    for step in steps:
+        step()  # the first step of a process takes memory of its own, which a benchmark's check has taken before
+    ours, authors = (peak_extra(step, "cpu") for step in steps)
     assert 2 * ours < authors
 
 
