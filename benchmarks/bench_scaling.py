@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from forms import logits_form
 from grid import Case
-from measure import GRAPHED, Loss, Spread, Step, copies_of, graph_seconds, interleaved, spread
+from measure import Loss, Spread, Step, copies_of, graph_seconds, interleaved, spread
 
 import frs_kernels
 
@@ -49,7 +49,7 @@ def measure_sweep(points: dict[float, Case], device: str, seconds: float) -> dic
         copies = copies_of(lambda case=case: case.inputs(device), device)
         for name, loss in losses(case).items():
             steps[f"{name} @ {x}"] = Step(loss, copies, 1.0)
-            if device == "cuda" and case.bytes < GRAPHED and (runs := graph_seconds(loss, copies, 1.0)):
+            if device == "cuda" and (runs := graph_seconds(loss, copies, 1.0)):
                 graphs[f"{name} @ {x}"] = spread(runs)
     times = interleaved(steps, seconds)
     medians = {name: spread([sum(run) for run in runs]) for name, runs in times.items()} | graphs

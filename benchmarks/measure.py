@@ -24,8 +24,6 @@ from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 Loss = Callable[..., Tensor]
-GRAPHED = 1 << 33
-"""Bytes of a step below which it is timed by graph replay too: 2 ms at 4 TB/s; a slow host takes 1 for Python."""
 
 
 def commit() -> str:

@@ -250,8 +250,9 @@ Kernel kernel_of(const Score& call, int& width) {
   }
 }
 
-// How a level is shared out. Lanes: as many as leave a thread some five or eight loads, at most a warp's; twice as many
-// as long as the whole launch has fewer than two blocks a multiprocessor.
+// How a level is shared out. Lanes: as many as leave a thread some five or eight loads, at most 16, of a planar level
+// 8: with 720 classes 16 took 7 to 8 % longer on an H200. Twice as many as long as the whole launch has fewer than two
+// blocks a multiprocessor.
 struct Shares {
   uint32_t log_lanes, tiles, rounds;
   bool wide, by_five;
