@@ -30,7 +30,8 @@ CSRC = Path("csrc")
 # What was compiled, kept until what it is made from changes; a build with other flags in CXX wants a folder of its own.
 BUILD = Path(os.environ.get("FRS_BUILD_DIR") or Path("build", "native"))
 
-VERBS = ("score", "imitate", "scale")
+VERBS = ("score", "imitate", "scale", "moments")
+GLUE = ("ops.cpp", "row_ops.cpp")
 FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # The oldest torch whose stable ABI is used: a library built against a later one runs on it too.
@@ -160,7 +161,7 @@ def glue(library: str, torch: Torch, cxx: Compiler, source: str, *flags: str) ->
 def cpu_recipe(torch: Torch, cxx: Compiler) -> Recipe:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     targets = list(INSTRUCTIONS) if x86 else ["baseline"]
-    objects = [glue("cpu", torch, cxx, "ops.cpp"), glue("cpu", torch, cxx, "cpu/backend.cpp")]
+    objects = [glue("cpu", torch, cxx, source) for source in (*GLUE, "cpu/backend.cpp")]
     for isa in targets:
         for verb in VERBS:
             command = [*cxx.command, *FLAGS, *MATHS, f"-DFRS_ISA={isa}", *INSTRUCTIONS[isa]]
@@ -188,7 +189,7 @@ def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
         command += ["-gencode", f"arch=compute_{target},code={codes}"]
     compiler = f"nvcc {nvcc.version}, {cxx.version}"
     objects = [Object(f"cuda.{verb}", CSRC / "cuda" / f"{verb}.cu", command, compiler) for verb in (*VERBS, "distill")]
-    objects.append(glue("cuda", torch, cxx, "ops.cpp", "-DUSE_CUDA"))
+    objects += [glue("cuda", torch, cxx, source, "-DUSE_CUDA") for source in GLUE]
     # A torch without CUDA has no libtorch_cuda to link with, and only the name is needed: an empty library has it.
     stub = make("libtorch_cuda.so", [*cxx.command, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull])
     # nvcc knows where its static runtime is.

@@ -3,32 +3,18 @@
 //
 // The schemas are Python's (frs_kernels/ops.py). Errors are std::runtime_error, before anything is allocated or
 // written: Python sees a RuntimeError, as of torch's own operators, and from torch 2.15 on it sees no other.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 
+#include "queue.h"
 #include "tensors.h"
 
 namespace frs {
 
-// csrc/cpu/backend.cpp
-const char* instructions();
-void prefer_huge_pages(void* data, int64_t bytes);
+const char* instructions();  // csrc/cpu/backend.cpp
 
 namespace {
-
-struct Queue {  // the device and stream that the tensors' work goes to
-#ifdef USE_CUDA
-  explicit Queue(const Given& like) : guard(like.device.index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device.index(), &stream));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-#else
-  explicit Queue(const Given&) {}
-#endif
-  void* stream = nullptr;
-};
 
 // The arguments of a score and where its results go.
 struct Scoring {
@@ -157,9 +143,7 @@ struct Imitation {
       grads.push_back(empty_like(student[i]));
       const Given grad(grads.back());
       entry.grad = view(grad, grads.back().mutable_data_ptr());
-#ifndef USE_CUDA
-      prefer_huge_pages(entry.grad.data, grad.numel() * static_cast<int64_t>(grads.back().element_size()));
-#endif
+      prepare(entry.grad.data, grad.numel() * static_cast<int64_t>(grads.back().element_size()));
     }
     const int64_t rows = static_cast<int64_t>(terms.size() + count), none = 0, one = 1;
     total = empty(want_loss ? 0 : 1, &none, &one, scalar_type(dtype), student[0]);
@@ -351,11 +335,7 @@ std::string instructions_op() { return instructions(); }
 }  // namespace
 }  // namespace frs
 
-#ifdef USE_CUDA
-#define FRS_KEY CUDA
-#else
-#define FRS_KEY CPU
-
+#ifndef USE_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(frs_kernels, library) { library.def("instructions() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(frs_kernels, CompositeExplicitAutograd, library) {

@@ -115,7 +115,7 @@ void require_number(const char* verb, const Tensor& factor, const torch::stable:
   require(given.device == device, verb, ": factor is on another device than the levels; move it there");
 }
 
-int64_t positions(const Given& level) { return level.size[0] * level.size[2] * level.size[3]; }
+[[maybe_unused]] int64_t positions(const Given& level) { return level.size[0] * level.size[2] * level.size[3]; }
 
 // The stride of an axis of size 1 is arbitrary, so that of the positions is taken from the axes that count.
 View view(const Given& t, const void* data) {

@@ -7,11 +7,15 @@
 //               total    = sum_t weight_t factor_t value_t
 //               gradient = weight_t factor_t share_p slope(x_pc, z_pc)
 //     scale_    gradient *= factor
+//     moments   value_l = scale_l times the mean over a level's rows, total = weight factor sum_l value_l, and of every
+//               row the numbers that its gradient needs (row_losses.h)
+//     moments_backward   gradient = weight factor slope(s, t, numbers)
 #pragma once
 
 #include <cstdint>
 
 #include "pointwise.h"
+#include "row_losses.h"
 
 namespace frs {
 
@@ -85,6 +89,31 @@ struct Scale {
   DType factor_dtype;
 };
 
+struct Moments {
+  const Level* levels;  // first: the number of a level's first row
+  int64_t count;
+  RowLoss loss;
+  const double* scale;  // one a level
+  double weight, temperature, eps;
+  const void* factor;  // a number on the device, or null for 1
+  DType factor_dtype;
+  DType dtype;   // what is computed in, and of total, values and rows: f32 or f64
+  void* total;
+  void* values;  // their sum, then one a level
+  void* rows;    // NUMBERS a row
+};
+
+struct MomentsBackward {
+  const Level* levels;
+  int64_t count;
+  RowLoss loss;
+  double weight, temperature;
+  const void* factor;
+  DType factor_dtype;
+  DType dtype;  // what is computed in, and of rows
+  const void* rows;
+};
+
 // A backend implements these. `workspace` has as many bytes as the verb's *_workspace says, aligned to 16; `stream` is
 // the device's queue, unused on a CPU. distill is score, then imitate with its scores and its mass as the norm, in one
 // workspace.
@@ -95,5 +124,8 @@ void score(const Score&, void* workspace, void* stream);
 void imitate(const Imitate&, void* workspace, void* stream);
 void distill(const Score&, const Imitate&, void* workspace, void* stream);
 void scale(const Scale&, void* stream);
+int64_t moments_workspace(const Moments&);
+void moments(const Moments&, void* workspace, void* stream);
+void moments_backward(const MomentsBackward&, void* stream);
 
 }  // namespace frs

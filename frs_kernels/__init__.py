@@ -6,7 +6,8 @@ from frs_kernels.distill import Distiller, Tap, masks
 from frs_kernels.functional import fsr_loss, masked_imitation_loss, quality_focal_distillation, richness_mask
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
-from frs_kernels.results import FSRTerms, ImitationTerms, Richness
+from frs_kernels.results import FSRTerms, ImitationTerms, Richness, RowTerms
+from frs_kernels.rows import cwd_loss, pkd_loss
 from frs_kernels.version import __version__
 
 frs_loss = fsr_loss
@@ -21,14 +22,17 @@ __all__ = [
     "FeatureAdapter",
     "ImitationTerms",
     "Richness",
+    "RowTerms",
     "Tap",
     "__version__",
     "backends",
     "check",
+    "cwd_loss",
     "frs_loss",
     "fsr_loss",
     "masked_imitation_loss",
     "masks",
+    "pkd_loss",
     "quality_focal_distillation",
     "richness_mask",
 ]

@@ -64,9 +64,9 @@ class Imitation(torch.autograd.Function):
         if "backward" in call.modes:
             late = [e for t, entries in enumerate(table.entries) if call.modes[t] == "backward" for e in entries]
             inputs = [[student[e] for e in late], [call.teacher[e] for e in late]]
-            _save(ctx, grads=grads, scores=[scores, norm], factor=call.factor, student=inputs[0], teacher=inputs[1])
+            save(ctx, grads=grads, scores=[scores, norm], factor=call.factor, student=inputs[0], teacher=inputs[1])
         else:
-            _save(ctx, grads=grads)
+            save(ctx, grads=grads)
         ctx.set_materialize_grads(False)
         if not call.want_values:
             return (total,)
@@ -81,7 +81,7 @@ class Imitation(torch.autograd.Function):
         if torch.is_grad_enabled() and not is_compiling():
             with torch.no_grad():
                 results = _gradients(ctx, loss_grad, value_grads)
-            return (None, *(None if g is None else _once(g) for g in results))
+            return (None, *(None if g is None else once(g) for g in results))
         if ctx.kept_alone and loss_grad is not None and not is_compiling() and not _retained():
             # What _gradients would do, in 10 us less of the host's time for 5 levels.
             grads = ctx.saved_tensors
@@ -93,11 +93,11 @@ class Imitation(torch.autograd.Function):
 def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient of every entry that needs one."""
     table: Table = ctx.table
-    saved = _saved(ctx)
+    saved = load(ctx)
     compiling, retained = is_compiling(), _retained()
     results: list[Tensor | None] = [None] * table.entries[-1].stop
     to_scale: list[tuple[Tensor, list[Tensor]]] = []
-    late: list[_Late] = []
+    late: list[Late] = []
     kept, first = saved["grads"], 0
     for t, mode in enumerate(ctx.modes):
         entries = table.entries[t]
@@ -120,7 +120,7 @@ def _gradients(ctx: Any, loss_grad: Tensor | None, value_grads: Sequence[Tensor 
                     to_scale.append((factor, grads))
             results[entries.start : entries.stop] = grads
         elif mode == "backward":
-            term = _late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, value_grad)
+            term = late_term(t, ctx.weight[t], saved["factor"][t], loss_grad, value_grad)
             late += [] if term is None else [term]
     _imitate_late(ctx, saved, late, results)
     for factor, grads in to_scale:
@@ -145,7 +145,7 @@ def _kept_factor(loss_grad: Tensor | None, value_grad: Tensor, weight: float) ->
     return value_grad if loss_grad is None else loss_grad + value_grad
 
 
-class _Late(NamedTuple):
+class Late(NamedTuple):
     """A term whose gradient is computed in the backward pass; a factor of None is 1."""
 
     term: int
@@ -153,19 +153,19 @@ class _Late(NamedTuple):
     factor: Tensor | None
 
 
-def _late_term(
+def late_term(
     term: int, weight: float, factor: Tensor | None, loss_grad: Tensor | None, value_grad: Tensor | None
-) -> _Late | None:
+) -> Late | None:
     """None where no gradient comes to it."""
     if loss_grad is None:
-        return None if value_grad is None else _Late(term, 1.0, value_grad)
+        return None if value_grad is None else Late(term, 1.0, value_grad)
     upstream = loss_grad if factor is None else loss_grad * factor
     if value_grad is None:
-        return _Late(term, weight, upstream)
-    return _Late(term, 1.0, upstream * weight + value_grad)
+        return Late(term, weight, upstream)
+    return Late(term, 1.0, upstream * weight + value_grad)
 
 
-def _imitate_late(ctx: Any, saved: dict[str, Sequence[Any]], late: list[_Late], results: list[Tensor | None]) -> None:
+def _imitate_late(ctx: Any, saved: dict[str, Sequence[Any]], late: list[Late], results: list[Tensor | None]) -> None:
     """Compute the gradients of these terms, in one call, into results."""
     if not late:
         return
@@ -212,12 +212,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("frs_kernels: the loss is differentiable once; its gradient has no gradient")
 
 
-def _once(grad: Tensor) -> Tensor:
+def once(grad: Tensor) -> Tensor:
     result: Tensor = _Once.apply(grad.detach().requires_grad_())  # type: ignore[no-untyped-call]
     return result
 
 
-def _save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
+def save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
     """save_for_backward by name. It refuses the tensors of a teacher run in inference_mode; those nobody can change."""
     ctx.sizes = {name: len(group) for name, group in named.items()}
     tensors = [t for group in named.values() for t in group]
@@ -228,7 +228,7 @@ def _save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _saved(ctx: Any) -> dict[str, Sequence[Any]]:
+def load(ctx: Any) -> dict[str, Sequence[Any]]:
     tensors = ctx.saved_tensors
     if ctx.inference:
         tensors = [ctx.inference.get(i, t) for i, t in enumerate(tensors)]

@@ -7,6 +7,8 @@ of `frs_kernels.reference`. The operators know nothing of autograd: `frs_kernels
     imitate  student, teacher, scores, norm, table           -> total (), values (T + E,), gradients
     distill  student, teacher, logits, table                 -> scores, mass, total, values, gradients
     scale_   gradients, factor                               -> in place
+    moments  student, teacher, a loss along rows             -> total (), values (1 + L,), rows (R, 5)
+    moments_backward  student, teacher, rows                 -> gradients
 
 The table has a row an entry and a row a term. Coefficients are formed inside the kernels from its numbers: formed
 outside, they take ten tiny launches a step (docs/design-notes.md).
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from frs_kernels import native, reference
 from frs_kernels.levels import accumulate_dtype, entry_columns, positions
+from frs_kernels.row_losses import NUMBERS, row_loss
 
 _TABLE = (
     "int[] level, int[] term, float[] scale, float[] eps, str[] loss, float[] weight, Tensor?[] factor,"
@@ -34,6 +37,10 @@ SCHEMAS = (
     f"distill(Tensor[] student, Tensor[] teacher, Tensor[] logits, {_TABLE})"
     " -> (Tensor scores, Tensor mass, Tensor total, Tensor values, Tensor[] grads)",
     "scale_(Tensor(a!)[] grads, Tensor factor) -> ()",
+    "moments(Tensor[] student, Tensor[] teacher, str loss, float[] scale, float weight, Tensor? factor,"
+    " float temperature, float eps) -> (Tensor total, Tensor values, Tensor rows)",
+    "moments_backward(Tensor[] student, Tensor[] teacher, Tensor rows, str loss, float weight, Tensor? factor,"
+    " float temperature) -> Tensor[]",
 )
 
 
@@ -44,6 +51,8 @@ class Verbs(NamedTuple):
     imitate: Callable[..., tuple[Tensor, Tensor, list[Tensor]]]
     distill: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]
     scale_: Callable[..., None]
+    moments: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    moments_backward: Callable[..., list[Tensor]]
 
 
 def _check_tensors(*lists: Sequence[Tensor]) -> None:
@@ -103,6 +112,22 @@ def _scale_fake(grads: Sequence[Tensor], factor: Tensor) -> None:
     return None
 
 
+def _moments_fake(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], loss: str, scale: Sequence[float], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tensors(student, teacher)
+    dtype = accumulate_dtype(*student, *teacher)
+    rows = sum(row_loss(loss).count(s) for s in student)
+    shapes = ((), (1 + len(student),), (rows, NUMBERS))
+    total, values, numbers = (student[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return total, values, numbers
+
+
+def _moments_backward_fake(student: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    _check_tensors(student)
+    return [torch.empty_like(s) for s in student]
+
+
 def _triton_verbs() -> Verbs:
     """Triton's verbs, which import Triton when they are first called."""
 
@@ -127,12 +152,22 @@ def _triton_verbs() -> Verbs:
 
         scale_(grads, factor)
 
-    return Verbs(score, imitate, distill, scale_)
+    def moments(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from frs_kernels.triton.moments import moments
+
+        return moments(*arguments)
+
+    def moments_backward(*arguments: Any) -> list[Tensor]:
+        from frs_kernels.triton.moments import moments_backward
+
+        return moments_backward(*arguments)
+
+    return Verbs(score, imitate, distill, scale_, moments, moments_backward)
 
 
 def _define(namespace: str, library: torch.library.Library, verbs: Verbs | None) -> Verbs:
     """The operators of a namespace; without `verbs` a compiled library has implemented them."""
-    fakes = Verbs(_score_fake, _imitate_fake, _distill_fake, _scale_fake)
+    fakes = Verbs(_score_fake, _imitate_fake, _distill_fake, _scale_fake, _moments_fake, _moments_backward_fake)
     for index, schema in enumerate(SCHEMAS):
         name = schema.partition("(")[0]
         library.define(schema)
@@ -144,7 +179,12 @@ def _define(namespace: str, library: torch.library.Library, verbs: Verbs | None)
     return Verbs(*(getattr(operators, name).default for name in Verbs._fields))
 
 
-VERBS = {"torch": Verbs(reference.score, reference.imitate, reference.distill, reference.scale_)}
+VERBS = {
+    "torch": Verbs(
+        reference.score, reference.imitate, reference.distill, reference.scale_, reference.moments,
+        reference.moments_backward,
+    )
+}  # fmt: skip
 
 # They stay as long as these objects.
 _triton_library = torch.library.Library("frs_triton", "DEF")

@@ -50,6 +50,14 @@ class TermOptions(AllOptions, total=False):
     process_group: ProcessGroup | None
 
 
+class RowOptions(TypedDict, total=False):
+    """Those of `pkd_loss` and `cwd_loss` beside the loss's own."""
+
+    weight: Weight
+    level_weights: Sequence[float] | None
+    backend: Backend
+
+
 class Keywords(LossOptions, total=False):
     """All of `fsr_loss`."""
 

@@ -4,6 +4,8 @@
     imitate   value_e = sum_p share_p sum_c value(x_pc, z_pc),  share_p = scale_e S_p / (norm_l + eps_e)
     distill   score, then imitate
     scale_    gradient *= factor
+    moments   value_l = the mean over a level's rows of what row_losses.py says of each
+    moments_backward  gradient = a f(s - s0) - b f(t - t0) + c
 
 Run in fp64 this file is the truth of the tests. `torch.compile` may fuse it (`backend="torch"`).
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype, entry_columns, level_slices, levels_in_turn, require_entries
 from frs_kernels.losses import LOSSES
+from frs_kernels.row_losses import NUMBERS, ROW_LOSSES
 
 
 def score(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -203,3 +206,66 @@ def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
             grad
         ):  # on a GPU mul_ casts a 0-dim tensor first: a loss scale of 65536 is infinite in fp16
             part.copy_(part.to(wide).mul_(factor))
+
+
+def moments(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    loss: str,
+    scale: Sequence[float],
+    weight: float,
+    factor: Tensor | None,
+    temperature: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss along rows of a list of levels, and what its gradient needs of each row.
+
+    Args:
+        student, teacher: an (N, C, H, W) tensor a level.
+        loss: a name in `frs_kernels.row_losses.ROW_LOSSES`, which says what a row is.
+        scale: of each level, a number that its value is multiplied by.
+        weight, factor: a number and a 0-dim tensor (None for 1) that the total is multiplied by.
+        temperature, eps: of the loss.
+
+    Returns:
+        total (); values (1 + L,), their sum and then the levels', without weight and factor; rows (R, 5), the rows of
+        all levels one after another. fp32, or fp64 if a tensor is fp64.
+    """
+    dtype = accumulate_dtype(*student, *teacher)
+    of = ROW_LOSSES[loss].of
+    found = [
+        of(s.to(dtype), t.to(dtype), w, temperature, eps) for s, t, w in zip(student, teacher, scale, strict=True)
+    ]
+    levels = torch.stack([value for value, _ in found])
+    value = levels.sum()
+    total = weight * value if factor is None else weight * factor.to(dtype) * value
+    return total, torch.cat([value[None], levels]), torch.cat([rows for _, rows in found])
+
+
+def moments_backward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    rows: Tensor,
+    loss: str,
+    weight: float,
+    factor: Tensor | None,
+    temperature: float,
+) -> list[Tensor]:
+    """The gradients of weight * factor * value by the student's tensors, in their dtypes and strides.
+
+    Args:
+        rows: as `moments` returned it for the same tensors.
+        The others are as for `moments`.
+    """
+    of = ROW_LOSSES[loss]
+    upstream = weight if factor is None else weight * factor.to(rows.dtype)
+    grads = []
+    for s, t, of_level in zip(student, teacher, rows.split([of.count(s) for s in student]), strict=True):
+        n = s.shape[0] if of.per_image else 1
+        s0, t0, a, b, c = of_level.view(n, s.shape[1], 1, 1, NUMBERS).unbind(-1)
+        x, z = (v.to(rows.dtype) - v0 for v, v0 in ((s, s0), (t, t0)))
+        if of.exponential:
+            x, z = (v.div_(temperature).exp_() for v in (x, z))
+        x.mul_(upstream * a).addcmul_(z, upstream * b, value=-1)
+        grads.append(torch.empty_like(s).copy_(x if of.exponential else x.add_(upstream * c)))
+    return grads

@@ -45,6 +45,20 @@ class ImitationTerms(NamedTuple):
     mass: Tensor
 
 
+class RowTerms(NamedTuple):
+    """A loss along rows and what it is made of. L levels; `loss` and `value` carry gradient, `per_level` does not.
+
+        loss = weight * value
+
+    loss, value: 0-dim
+    per_level: (L,), sums to value
+    """
+
+    loss: Tensor
+    value: Tensor
+    per_level: Tensor
+
+
 class Richness(NamedTuple):
     """Where the teacher sees objects.
 

@@ -22,11 +22,13 @@ struct Kernels {
   decltype(&baseline::score_tile) score_tile;
   decltype(&baseline::imitate_tile) imitate_tile;
   decltype(&baseline::scale_run) scale_run;
+  decltype(&baseline::moments_tile) moments_tile;
+  decltype(&baseline::align_tile) align_tile;
   decltype(&baseline::number) number;
 };
 
 #define FRS_KERNELS_OF(ISA) \
-  Kernels { #ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::number }
+  Kernels { #ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::moments_tile, ISA::align_tile, ISA::number }
 
 // The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for one no wider.
 Kernels choose() {
@@ -74,6 +76,8 @@ class Tiles {
     return tile_of(levels_[level], cuts_[level], static_cast<int64_t>(level), number - starts_[level]);
   }
 
+  const Cut& cut(int64_t level) const { return cuts_[level]; }
+
   double sum(const double* slots, int64_t level) const {
     double sum = 0;
     for (int64_t i = starts_[level]; i < starts_[level + 1]; ++i) sum += slots[i];
@@ -88,6 +92,7 @@ class Tiles {
 
 using ScoreTiles = Tiles<Level, score_cut>;
 using ImitateTiles = Tiles<Entry, imitate_cut>;
+using MomentsTiles = Tiles<Level, moments_cut>;
 
 // Run f(i) for i < count, together about `values` values. A thread takes the next as soon as it is done with one: the
 // levels' tiles differ in cost. What is less than two tiles' work is done here: waking another thread takes longer.
@@ -109,6 +114,69 @@ void write(void* numbers, DType dtype, int64_t at, double value) {
     static_cast<double*>(numbers)[at] = value;
   else
     static_cast<float*>(numbers)[at] = static_cast<float>(value);
+}
+
+// The sums of the rows' parts: a part is a channel in the positions of one tile. Behind them a value a row.
+class Parts {
+ public:
+  Parts(const Moments& call, const MomentsTiles& tiles) : call_(call), starts_{0} {
+    with_row_loss(call.loss, [&](auto loss) { per_image_ = RowTraits<decltype(loss)::value>::per_image; });
+    for (int64_t l = 0; l < call.count; ++l) {
+      blocks_.push_back(tiles.cut(l).blocks);
+      starts_.push_back(starts_[l] + call.levels[l].n * blocks_[l] * call.levels[l].c);
+      rows_.push_back((l ? rows_[l - 1] : 0) + rows_of(call.levels[l]));
+    }
+  }
+  int64_t count() const { return starts_.back(); }
+  int64_t rows() const { return rows_.back(); }
+  int64_t rows_of(const Level& level) const { return (per_image_ ? level.n : 1) * level.c; }
+
+  // Where a tile's part of channel 0 is; those of the next channels are next to it.
+  Sums* of(Sums* parts, const Tile& tile, const Cut& cut) const {
+    const Level& level = *tile.level;
+    return parts + starts_[tile.index] + (tile.n * blocks_[tile.index] + tile.p0 / cut.length) * level.c;
+  }
+
+  // Adds up a row's parts, in one order, and writes its numbers; its value.
+  double finish(const Sums* parts, int64_t row, const Kernels& with) const {
+    int64_t l = 0;
+    while (row >= rows_[l]) ++l;
+    const Level& level = call_.levels[l];
+    const int64_t within = row - (l ? rows_[l - 1] : 0), c = within % level.c, first = within / level.c;
+    const int64_t images = per_image_ ? 1 : level.n, blocks = images * blocks_[l];
+    const Sums* part = parts + starts_[l] + first * blocks_[l] * level.c + c;
+    RowOf of{static_cast<double>(images * level.positions()), static_cast<double>(rows_of(level)), call_.scale[l],
+             call_.temperature, call_.eps, 0, 0};
+    double value = 0;
+    with_row_loss(call_.loss, [&](auto loss) {
+      using Of = RowTraits<decltype(loss)::value>;
+      Sums sums = Of::none();
+      if (blocks > 0 && !per_image_) {
+        of.pivot_s = with.number(pivot(level.student, c), level.student.dtype);
+        of.pivot_t = with.number(pivot(level.teacher, c), level.teacher.dtype);
+      }
+      for (int64_t i = 0; i < blocks; ++i) Of::add(sums, part[i * level.c], call_.temperature);
+      if (call_.dtype == DType::f64)
+        value = Of::finish(sums, of, static_cast<double*>(call_.rows) + row * NUMBERS);
+      else
+        value = Of::finish(sums, of, static_cast<float*>(call_.rows) + row * NUMBERS);
+    });
+    return value;
+  }
+
+ private:
+  static const void* pivot(const View& view, int64_t c) {
+    const int64_t bytes = view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : 2;
+    return static_cast<const char*>(view.data) + c * view.c * bytes;
+  }
+
+  const Moments& call_;
+  bool per_image_ = false;
+  std::vector<int64_t> blocks_, starts_, rows_;
+};
+
+double upstream_of(double weight, const void* factor, DType dtype) {
+  return weight * (factor ? kernels().number(factor, dtype) : 1.0);
 }
 
 }  // namespace
@@ -146,7 +214,7 @@ void imitate(const Imitate& call, void* workspace, void*) {
   const Kernels& with = kernels();
   std::vector<double> upstream;
   for (const Term* term = call.terms; term < call.terms + call.term_count; ++term)
-    upstream.push_back(term->weight * (term->factor ? with.number(term->factor, term->factor_dtype) : 1.0));
+    upstream.push_back(upstream_of(term->weight, term->factor, term->factor_dtype));
   share_out(tiles.count(), tiles.values(), [&](int64_t i) {
     const Tile tile = tiles[i];
     const Entry& entry = call.entries[tile.index];
@@ -189,6 +257,44 @@ void scale(const Scale& call, void*) {
       with.scale_run(run, piece * PIECE, at_most((piece + 1) * PIECE, run.size), factor);
     });
   }
+}
+
+int64_t moments_workspace(const Moments& call) {
+  const MomentsTiles tiles(call.levels, call.count);
+  const Parts parts(call, tiles);
+  return parts.count() * static_cast<int64_t>(sizeof(Sums)) + 8 * parts.rows();
+}
+
+void moments(const Moments& call, void* workspace, void*) {
+  const MomentsTiles tiles(call.levels, call.count);
+  const Parts parts(call, tiles);
+  const Kernels& with = kernels();
+  auto* sums = static_cast<Sums*>(workspace);
+  auto* of_rows = reinterpret_cast<double*>(sums + parts.count());
+  share_out(tiles.count(), 2 * tiles.values(), [&](int64_t i) {
+    const Tile tile = tiles[i];
+    with.moments_tile(call, tile, parts.of(sums, tile, tiles.cut(tile.index)));
+  });
+  share_out(up(parts.rows(), 64), 64 * parts.count(), [&](int64_t piece) {
+    for (int64_t row = 64 * piece; row < at_most(64 * piece + 64, parts.rows()); ++row)
+      of_rows[row] = parts.finish(sums, row, with);
+  });
+  double value = 0;
+  for (int64_t l = 0, row = 0; l < call.count; ++l) {
+    double of_level = 0;
+    for (const int64_t end = row + parts.rows_of(call.levels[l]); row < end; ++row) of_level += of_rows[row];
+    write(call.values, call.dtype, 1 + l, of_level);
+    value += of_level;
+  }
+  write(call.values, call.dtype, 0, value);
+  write(call.total, call.dtype, 0, upstream_of(call.weight, call.factor, call.factor_dtype) * value);
+}
+
+void moments_backward(const MomentsBackward& call, void*) {
+  const MomentsTiles tiles(call.levels, call.count);
+  const Kernels& with = kernels();
+  const double upstream = upstream_of(call.weight, call.factor, call.factor_dtype);
+  share_out(tiles.count(), 2 * tiles.values(), [&](int64_t i) { with.align_tile(call, tiles[i], upstream); });
 }
 
 }  // namespace frs

@@ -107,13 +107,6 @@ void spread(T* out, const T* numbers, int64_t count, int64_t channels) {
     for (int64_t c = 0; c < channels; ++c) *out++ = numbers[p];
 }
 
-// A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
-// written (docs/design-notes.md).
-template <class S>
-FRS_INLINE bool streams(const Level& level) {
-  return level.n * level.c * level.positions() * static_cast<int64_t>(sizeof(S)) > (4 << 20);
-}
-
 template <class T, class S, Loss LOSS, bool TEMPERED, bool WANT_LOSS, bool WANT_GRAD>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   const Level& level = *tile.level;

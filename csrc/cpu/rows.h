@@ -156,6 +156,13 @@ FRS_INLINE S* target(const View& v, const Row& row, Buffer<S>& buffer) {
   return direct ? reinterpret_cast<S*>(const_cast<char*>(address(v, offset(v, row, row.c0, row.p0)))) : buffer.values;
 }
 
+// A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
+// written (docs/design-notes.md).
+template <class S>
+FRS_INLINE bool streams(const Level& level) {
+  return level.n * level.c * level.positions() * static_cast<int64_t>(sizeof(S)) > (4 << 20);
+}
+
 template <class S>
 static FRS_INLINE void commit(const View& v, const Row& row, const Buffer<S>& buffer, const S* computed) {
   if (computed != buffer.values) return;

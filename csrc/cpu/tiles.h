@@ -50,6 +50,11 @@ static inline Cut imitate_cut(const Level& level) {
   return cut(level, ROW, TILE / at_least_1(rows.length));
 }
 
+// Interleaved, a tile's sums are as many as its channels, so that it has some positions to each.
+static inline Cut moments_cut(const Level& level) {
+  return level.interleaved ? cut(level, 128, ROW) : imitate_cut(level);
+}
+
 static inline Tile tile_of(const Level& level, const Cut& cut, int64_t index, int64_t number) {
   const int64_t chunk = number % cut.chunks, block = number / cut.chunks % cut.blocks;
   const int64_t c0 = chunk * cut.channels, p0 = block * cut.length;
