@@ -1,6 +1,6 @@
 """The other losses: each against its published form in eager PyTorch, that form compiled, and the floor of the memory.
 
-On class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published form in fp64
+On features or class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published form in fp64
 before it is timed: loss and gradients. A wrong one is reported as wrong and has no time.
 """
 
@@ -37,14 +37,45 @@ def quality_focal(x: Levels, z: Levels, beta: float, detach: bool) -> Tensor:
     return loss
 
 
+def pkd(s: Levels, t: Levels) -> Tensor:
+    """Cao et al., PKD, as its authors' PKDLoss in mmrazor has it."""
+
+    def norm(v: Tensor) -> Tensor:
+        n, c, h, w = v.shape
+        v = v.permute(1, 0, 2, 3).reshape(c, -1)
+        v = (v - v.mean(-1, keepdim=True)) / (v.std(-1, keepdim=True) + 1e-6)
+        return v.reshape(c, n, h, w).permute(1, 0, 2, 3)
+
+    loss = s[0].new_zeros(())
+    for a, b in zip(s, t, strict=True):
+        loss = loss + F.mse_loss(norm(a), norm(b)) / 2
+    return loss
+
+
+def cwd(s: Levels, t: Levels, tau: float) -> Tensor:
+    """Shu et al., CWD, as mmrazor's ChannelWiseDivergence has it."""
+    loss = s[0].new_zeros(())
+    for a, b in zip(s, t, strict=True):
+        n, c, h, w = a.shape
+        teacher = F.softmax(b.reshape(-1, h * w) / tau, dim=1)
+        logs = [F.log_softmax(v.reshape(-1, h * w) / tau, dim=1) for v in (b, a)]
+        loss = loss + torch.sum(teacher * logs[0] - teacher * logs[1]) * tau**2 / (c * n)
+    return loss
+
+
 class Compared(NamedTuple):
     published: Callable[[Levels, Levels], Tensor]
     ours: Callable[..., Tensor]  # and a backend
-    tensors: int  # of the student's logits' size that must be read or written
+    tensors: int  # of the student's size that must be read or written
+    of: int = 2  # the student's among the lists of a case, behind it the teacher's: 0 features, 2 class logits
 
 
 def compared() -> dict[str, Compared]:
-    found = {}
+    found = {
+        "pkd": Compared(pkd, frs_kernels.pkd_loss, 5, of=0),
+        "cwd, features, tau 1": Compared(partial(cwd, tau=1.0), frs_kernels.cwd_loss, 5, of=0),
+        "cwd, logits, tau 4": Compared(partial(cwd, tau=4.0), partial(frs_kernels.cwd_loss, temperature=4.0), 5),
+    }
     for beta, detach in ((1.0, False), (2.0, False), (1.5, False), (1.0, True)):
         ours = partial(frs_kernels.quality_focal_distillation, beta=beta, detach=detach)
         name = f"quality focal, beta {beta:g}{', detached' if detach else ''}"
@@ -60,9 +91,8 @@ def implementations(loss: Compared, device: str) -> dict[str, Callable[[Levels, 
     return found
 
 
-def fault(loss: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[list[Tensor]]) -> str | None:
+def fault(loss: Callable[..., Tensor], truth: Callable[..., Tensor], x: Levels, z: Levels) -> str | None:
     """What is wrong with an implementation, or None: loss within 1e-5, each gradient within 16 roundings by norm."""
-    _, _, x, z = inputs
     wide = [[v.detach().double() for v in levels] for levels in (x, z)]
     right = truth([v.requires_grad_() for v in wide[0]], wide[1])
     got = loss(x, z)
@@ -88,19 +118,19 @@ def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable
         results: dict[str, Any] = {}
         steps: dict[str, Callable[[], Any]] = {}
         for who, call in implementations(loss, device).items():
-            if (wrong := fault(call, loss.published, copies[0])) is not None:
+            if (wrong := fault(call, loss.published, *copies[0][loss.of : loss.of + 2])) is not None:
                 results[who] = {"wrong": wrong}
                 continue
-            on_all = partial(lambda call, s, t, x, z: call(x, z), call)
+            on_all = partial(lambda call, of, *lists: call(*lists[of : of + 2]), call, loss.of)
             results[who] = {}
-            if device == "cuda" and (runs := graph_seconds(on_all, copies, 1.0, students=(2,))):
+            if device == "cuda" and (runs := graph_seconds(on_all, copies, 1.0, students=(loss.of,))):
                 results[who]["graph"] = spread(runs)
-            steps[who] = Step(on_all, copies, 1.0, students=(2,))
+            steps[who] = Step(on_all, copies, 1.0, students=(loss.of,))
         times = interleaved({**steps, "copy": bandwidth_step}, 0.5 if quick else 4.0)
         bandwidth = spread(times.pop("copy")).median
         for who, runs in times.items():
             results[who]["step"] = spread([sum(each) for each in runs])
-        size = sum(v.nbytes for v in copies[0][2])
+        size = sum(v.nbytes for v in copies[0][loss.of])
         found["losses"][name] = {
             "case": case.key(), "bytes": loss.tensors * size, "copy_bandwidth": bandwidth, "implementations": results,
         }  # fmt: skip

@@ -4,7 +4,8 @@
 //     pkd   a row: a channel over N, H, W.       gradient = a (s - s0) - b (t - t0) + c
 //           sums of d = s - pivot, e = t - pivot', d^2, e^2 and d e, the pivots numbers of the row
 //     cwd   a row: a channel of an image.        gradient = a exp((s - s0) / tau) - b exp((t - t0) / tau)
-//           maxima s0 and t0, sums of exp((s - s0) / tau) and exp((t - t0) / tau), and of the latter times (t - s) / tau
+//           maxima s0 and t0, sums of exp((s - s0) / tau) and exp((t - t0) / tau), and of the latter times (t - s) /
+//           tau
 //
 // The sums of parts of a row are made in float by whatever walks over it, then moved to the row's pivots or maxima and
 // added in double. frs_kernels/row_losses.py has the formulas, docs/math.md their derivation.

@@ -79,12 +79,18 @@ std::tuple<Tensor, Tensor, Tensor> moments_op(const Tensors& student, const Tens
   const int64_t shape[] = {given.rows, NUMBERS}, strides[] = {NUMBERS, 1};
   Tensor total = empty(0, &none, &none, dtype, like), values = vector_of(1 + count, dtype, like);
   Tensor rows = empty(2, shape, strides, dtype, like);
-  const Moments call{given.levels.data(),      count,
-                     given.loss,               scale.data(),
-                     weight,                   temperature,
-                     eps,                      given.factor_data,
-                     given.factor_dtype,       given.dtype,
-                     total.mutable_data_ptr(), values.mutable_data_ptr(),
+  const Moments call{given.levels.data(),
+                     count,
+                     given.loss,
+                     scale.data(),
+                     weight,
+                     temperature,
+                     eps,
+                     given.factor_data,
+                     given.factor_dtype,
+                     given.dtype,
+                     total.mutable_data_ptr(),
+                     values.mutable_data_ptr(),
                      rows.mutable_data_ptr()};
   Tensor workspace = vector_of(moments_workspace(call), ScalarType::Byte, like);
   moments(call, workspace.mutable_data_ptr(), queue.stream);

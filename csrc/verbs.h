@@ -97,7 +97,7 @@ struct Moments {
   double weight, temperature, eps;
   const void* factor;  // a number on the device, or null for 1
   DType factor_dtype;
-  DType dtype;   // what is computed in, and of total, values and rows: f32 or f64
+  DType dtype;  // what is computed in, and of total, values and rows: f32 or f64
   void* total;
   void* values;  // their sum, then one a level
   void* rows;    // NUMBERS a row

@@ -145,8 +145,13 @@ class Parts {
     const int64_t within = row - (l ? rows_[l - 1] : 0), c = within % level.c, first = within / level.c;
     const int64_t images = per_image_ ? 1 : level.n, blocks = images * blocks_[l];
     const Sums* part = parts + starts_[l] + first * blocks_[l] * level.c + c;
-    RowOf of{static_cast<double>(images * level.positions()), static_cast<double>(rows_of(level)), call_.scale[l],
-             call_.temperature, call_.eps, 0, 0};
+    RowOf of{static_cast<double>(images * level.positions()),
+             static_cast<double>(rows_of(level)),
+             call_.scale[l],
+             call_.temperature,
+             call_.eps,
+             0,
+             0};
     double value = 0;
     with_row_loss(call_.loss, [&](auto loss) {
       using Of = RowTraits<decltype(loss)::value>;

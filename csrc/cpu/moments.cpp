@@ -1,7 +1,8 @@
 // moments: the sums of the rows in a tile, and their gradients in a second pass (row_losses.h).
 //
 // Walking planar memory a row's part lies in L1 as a run, and is summed up in lanes. Walking interleaved memory a lane
-// is a channel, and the sums of a tile's channels lie in L1.
+// is a channel, and the sums of a tile's channels lie in L1. A few numbers are added up in float, then in double: pkd's
+// value is what is left of sums that nearly cancel.
 #include "isa.h"
 #include "rows.h"
 
@@ -20,7 +21,12 @@ struct Lanes<double> {
   static FRS_INLINE void put(double* p, double v) { *p = v; }
   static FRS_INLINE void put(double* p, double v, int64_t) { *p = v; }
   static FRS_INLINE double most(double a, double b) { return a > b ? a : b; }
-  static FRS_INLINE double sum(double v) { return v; }
+  struct Wide {
+    double at = 0;
+    FRS_INLINE void add(double v) { at += v; }
+    FRS_INLINE void add_to(double* p) const { *p += at; }
+    FRS_INLINE double sum() const { return at; }
+  };
   static FRS_INLINE double largest(double v) { return v; }
 };
 template <>
@@ -44,11 +50,20 @@ struct Lanes<float> {
     store_narrow(p, v, size);
   }
   static FRS_INLINE F32 most(F32 a, F32 b) { return Primitives<F32>::maximum(a, b); }
-  static FRS_INLINE double sum(F32 v) {
-    double sum = 0;
-    for (int lane = 0; lane < FRS_ISA::WIDTH; ++lane) sum += v[lane];
-    return sum;
-  }
+  struct Wide {
+    F64 at[2] = {};
+    FRS_INLINE void add(F32 v) { add_wide(at, v); }
+    FRS_INLINE void add_to(double* p) const {
+      store(p, load<F64>(p) + at[0]);
+      store(p + FRS_ISA::WIDTH / 2, load<F64>(p + FRS_ISA::WIDTH / 2) + at[1]);
+    }
+    FRS_INLINE double sum() const {
+      const F64 both = at[0] + at[1];
+      double sum = 0;
+      for (int lane = 0; lane < FRS_ISA::WIDTH / 2; ++lane) sum += both[lane];
+      return sum;
+    }
+  };
   static FRS_INLINE float largest(F32 v) { return across_lanes(v, Primitives<F32>::maximum); }
 };
 
@@ -76,31 +91,33 @@ FRS_INLINE void put(S* p, typename Lanes<T>::V v, int64_t count) {
   Lanes<T>::put(p, v, count);
 }
 
+// How many numbers a lane adds up in float.
+constexpr int FEW = 4;
 
-// What a step of a loss's sums adds, from the numbers d and e that are left of x and z.
-template <RowLoss LOSS, class T>
+// What the numbers s and t add to a row's sums, from FIRST on; those before are the pivots, which are maxima.
+template <RowLoss LOSS, class V>
 struct Step;
-
-template <class T>
-struct Step<RowLoss::pkd, T> {
-  using V = typename Lanes<T>::V;
+template <class V>
+struct Step<RowLoss::pkd, V> {
+  static constexpr int FIRST = 0;
   V at[NUMBERS] = {};
-  FRS_INLINE void take(V x, V z, V pivot_s, V pivot_t, T) {
-    const V d = x - pivot_s, e = z - pivot_t;
+  template <class T>
+  FRS_INLINE void take(V s, V t, V pivot_s, V pivot_t, T) {
+    const V d = s - pivot_s, e = t - pivot_t;
     at[0] = at[0] + d, at[1] = at[1] + e;
     at[2] = at[2] + d * d, at[3] = at[3] + e * e, at[4] = at[4] + d * e;
   }
 };
-
-template <class T>
-struct Step<RowLoss::cwd, T> {
-  using V = typename Lanes<T>::V;
-  V at[NUMBERS] = {};  // the first two stay
-  FRS_INLINE void take(V x, V z, V most_s, V most_t, T inverse_temperature) {
-    const V q = exp_neg<V>((most_t - z) * inverse_temperature);
-    at[2] = at[2] + exp_neg<V>((most_s - x) * inverse_temperature);
+template <class V>
+struct Step<RowLoss::cwd, V> {
+  static constexpr int FIRST = 2;
+  V at[NUMBERS] = {};
+  template <class T>
+  FRS_INLINE void take(V s, V t, V most_s, V most_t, T inverse_temperature) {
+    const V q = exp_neg<V>((most_t - t) * inverse_temperature);
+    at[2] = at[2] + exp_neg<V>((most_s - s) * inverse_temperature);
     at[3] = at[3] + q;
-    at[4] = at[4] + q * ((z - x) * inverse_temperature);
+    at[4] = at[4] + q * ((t - s) * inverse_temperature);
   }
 };
 
@@ -124,16 +141,20 @@ FRS_INLINE Sums sums_of_run(const S* x, const S* z, int64_t size, T inverse_temp
         pivots[which] = v > pivots[which] ? v : pivots[which];
       }
   }
-  Step<LOSS, T> step;
+  typename L::Wide wide[NUMBERS];
   const V pivot_s = pivots[0] - V{}, pivot_t = pivots[1] - V{};
   int64_t i = 0;
-  for (; i + L::WIDTH <= size; i += L::WIDTH)
-    step.take(L::get(x + i), L::get(z + i), pivot_s, pivot_t, inverse_temperature);
+  while (i + L::WIDTH <= size) {
+    Step<LOSS, V> step;
+    for (const int64_t end = at_most(i + FEW * L::WIDTH, size / L::WIDTH * L::WIDTH); i < end; i += L::WIDTH)
+      step.take(L::get(x + i), L::get(z + i), pivot_s, pivot_t, inverse_temperature);
+    for (int k = step.FIRST; k < NUMBERS; ++k) wide[k].add(step.at[k]);
+  }
   Step<LOSS, double> rest;
   for (; i < size; ++i)
     rest.take(one(x, dtype_of<S>, i), one(z, dtype_of<S>, i), pivots[0], pivots[1], inverse_temperature);
   Sums sums;
-  for (int k = 0; k < NUMBERS; ++k) sums.at[k] = L::sum(step.at[k]) + rest.at[k];
+  for (int k = 0; k < NUMBERS; ++k) sums.at[k] = wide[k].sum() + rest.at[k];
   if constexpr (LOSS == RowLoss::cwd) sums.at[0] = pivots[0], sums.at[1] = pivots[1];
   return sums;
 }
@@ -142,8 +163,9 @@ FRS_INLINE Sums sums_of_run(const S* x, const S* z, int64_t size, T inverse_temp
 template <RowLoss LOSS>
 FRS_INLINE void settle(const Level& level, int64_t c, double pivot_s, double pivot_t, int64_t count, Sums& sums) {
   if constexpr (LOSS == RowLoss::pkd)
-    sums = RowTraits<LOSS>::moved(sums, count, pivot_s - one(level.student.data, level.student.dtype, c * level.student.c),
-                                  pivot_t - one(level.teacher.data, level.teacher.dtype, c * level.teacher.c));
+    sums =
+        RowTraits<LOSS>::moved(sums, count, pivot_s - one(level.student.data, level.student.dtype, c * level.student.c),
+                               pivot_t - one(level.teacher.data, level.teacher.dtype, c * level.teacher.c));
 }
 
 template <RowLoss LOSS, class T, class S>
@@ -158,51 +180,48 @@ void planar_sums(const Tile& tile, T inverse_temperature, Sums* of_channels) {
   });
 }
 
-// f(x, z, from, size) for each position's channels in the tile.
-template <class T, class S, class F>
-FRS_INLINE void each_position(const Tile& tile, Buffer<S>& x_buffer, Buffer<S>& z_buffer, const F& f) {
-  each_row(tile, [&](const Row& row) {
-    const S* x = fetch(tile.level->student, row, x_buffer);
-    const S* z = fetch(tile.level->teacher, row, z_buffer);
-    const int64_t channels = row.c1 - row.c0;
-    for (int64_t p = row.p0; p < row.p1; ++p, x += channels, z += channels) f(row, p, x, z, channels);
-  });
-}
-
 template <RowLoss LOSS, class T, class S>
 void interleaved_sums(const Tile& tile, T inverse_temperature, Sums* of_channels) {
+  using L = Lanes<T>;
   Buffer<S> x_buffer, z_buffer;
-  Buffer<T> pivots[2], sums[NUMBERS];
-  const int64_t channels = tile.c1 - tile.c0;
+  Buffer<T> pivots[2];
+  Buffer<double> sums[NUMBERS];
   for (auto& of : sums)
-    for (T& v : of.values) v = 0;
+    for (double& v : of.values) v = 0;
   for (auto& of : pivots)
-    for (T& v : of.values) v = LOSS == RowLoss::cwd ? -__builtin_inff() : 0;
-  if constexpr (LOSS == RowLoss::cwd) {
-    each_position<T>(tile, x_buffer, z_buffer, [&](const Row&, int64_t, const S* x, const S* z, int64_t size) {
-      each_vector<T>(size, [&](int64_t i, auto count) {
-        Lanes<T>::put(pivots[0].values + i, Lanes<T>::most(Lanes<T>::get(pivots[0].values + i), get<T>(x + i, count)));
-        Lanes<T>::put(pivots[1].values + i, Lanes<T>::most(Lanes<T>::get(pivots[1].values + i), get<T>(z + i, count)));
-      });
+    for (T& v : of.values) v = -__builtin_inff();
+  const auto each = [&](const auto& f) {
+    each_row(tile, [&](const Row& row) {
+      const S* x = fetch(tile.level->student, row, x_buffer);
+      const S* z = fetch(tile.level->teacher, row, z_buffer);
+      each_vector<T>(row.c1 - row.c0, [&](int64_t i, auto count) { f(row, x + i, z + i, i, count); });
     });
-  }
-  each_position<T>(tile, x_buffer, z_buffer, [&](const Row&, int64_t p, const S* x, const S* z, int64_t size) {
-    each_vector<T>(size, [&](int64_t i, auto count) {
-      const auto s = get<T>(x + i, count), t = get<T>(z + i, count);
-      if (LOSS == RowLoss::pkd && p == tile.p0) {
-        Lanes<T>::put(pivots[0].values + i, s);
-        Lanes<T>::put(pivots[1].values + i, t);
+  };
+  if constexpr (LOSS == RowLoss::cwd)
+    each([&](const Row& row, const S* x, const S* z, int64_t i, auto count) {
+      auto most_s = L::get(pivots[0].values + i), most_t = L::get(pivots[1].values + i);
+      for (int64_t p = row.p0; p < row.p1; ++p, x += row.c1 - row.c0, z += row.c1 - row.c0)
+        most_s = L::most(most_s, get<T>(x, count)), most_t = L::most(most_t, get<T>(z, count));
+      L::put(pivots[0].values + i, most_s), L::put(pivots[1].values + i, most_t);
+    });
+  each([&](const Row& row, const S* x, const S* z, int64_t i, auto count) {
+    if (LOSS == RowLoss::pkd && row.p0 == tile.p0)
+      L::put(pivots[0].values + i, get<T>(x, count)), L::put(pivots[1].values + i, get<T>(z, count));
+    const auto pivot_s = L::get(pivots[0].values + i), pivot_t = L::get(pivots[1].values + i);
+    for (int64_t p = row.p0; p < row.p1;) {
+      Step<LOSS, typename L::V> step;
+      for (const int64_t end = at_most(p + FEW, row.p1); p < end; ++p, x += row.c1 - row.c0, z += row.c1 - row.c0)
+        step.take(get<T>(x, count), get<T>(z, count), pivot_s, pivot_t, inverse_temperature);
+      for (int k = step.FIRST; k < NUMBERS; ++k) {
+        typename L::Wide wide;
+        wide.add(step.at[k]);
+        wide.add_to(sums[k].values + i);
       }
-      Step<LOSS, T> step;
-      constexpr int FIRST = LOSS == RowLoss::cwd ? 2 : 0;
-      for (int k = FIRST; k < NUMBERS; ++k) step.at[k] = Lanes<T>::get(sums[k].values + i);
-      step.take(s, t, Lanes<T>::get(pivots[0].values + i), Lanes<T>::get(pivots[1].values + i), inverse_temperature);
-      for (int k = FIRST; k < NUMBERS; ++k) Lanes<T>::put(sums[k].values + i, step.at[k]);
-    });
+    }
   });
-  for (int64_t i = 0; i < channels; ++i) {
+  for (int64_t i = 0; i < tile.c1 - tile.c0; ++i) {
     Sums& of = of_channels[tile.c0 + i];
-    for (int k = 0; k < NUMBERS; ++k) of.at[k] = LOSS == RowLoss::cwd && k < 2 ? pivots[k].values[i] : sums[k].values[i];
+    for (int k = 0; k < NUMBERS; ++k) of.at[k] = k < Step<LOSS, T>::FIRST ? pivots[k].values[i] : sums[k].values[i];
     settle<LOSS>(*tile.level, tile.c0 + i, pivots[0].values[i], pivots[1].values[i], tile.p1 - tile.p0, of);
   }
 }

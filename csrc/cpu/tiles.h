@@ -50,9 +50,10 @@ static inline Cut imitate_cut(const Level& level) {
   return cut(level, ROW, TILE / at_least_1(rows.length));
 }
 
-// Interleaved, a tile's sums are as many as its channels, so that it has some positions to each.
+// Interleaved, a tile's sums are as many as its channels, so that it has some positions to each; and they are to stay
+// in L1, five doubles a channel.
 static inline Cut moments_cut(const Level& level) {
-  return level.interleaved ? cut(level, 128, ROW) : imitate_cut(level);
+  return level.interleaved ? cut(level, 128, ROW / 2) : imitate_cut(level);
 }
 
 static inline Tile tile_of(const Level& level, const Cut& cut, int64_t index, int64_t number) {

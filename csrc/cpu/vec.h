@@ -21,6 +21,7 @@ constexpr int BYTES = 16;
 constexpr int WIDTH = BYTES / 4;
 
 typedef float F32 __attribute__((vector_size(BYTES)));
+typedef double F64 __attribute__((vector_size(BYTES)));  // half as many
 typedef int32_t I32 __attribute__((vector_size(BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(BYTES / 2)));
@@ -159,6 +160,19 @@ FRS_INLINE U16 f32_to_f16(F32 v) {
   return __builtin_convertvector(h | sign, U16);
 }
 #endif
+
+// to += v, in double: the lower lanes, then the upper ones.
+FRS_INLINE void add_wide(F64 (&to)[2], F32 v) {
+#if defined(__AVX512F__)
+  to[0] += (F64)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v));
+  to[1] += (F64)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+#elif defined(__AVX__)
+  to[0] += (F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  to[1] += (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+  for (int lane = 0; lane < WIDTH; ++lane) to[lane / (WIDTH / 2)][lane % (WIDTH / 2)] += v[lane];
+#endif
+}
 
 // Past the caches, for what is not read again soon; p is aligned to the vector. fence() before another thread may read.
 FRS_INLINE void stream(void* p, F32 v) {
