@@ -164,7 +164,7 @@ FRS_INLINE U16 f32_to_f16(F32 v) {
 // to += v, in double: the lower lanes, then the upper ones.
 FRS_INLINE void add_wide(F64 (&to)[2], F32 v) {
 #if defined(__AVX512F__)
-  to[0] += (F64)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v));
+  to[0] += (F64)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0));
   to[1] += (F64)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
 #elif defined(__AVX__)
   to[0] += (F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
