@@ -43,8 +43,8 @@ struct RowTraits<RowLoss::pkd> {
   // Sums of `count` numbers about other pivots, `by_s` and `by_t` above the row's.
   static FRS_INLINE Sums moved(const Sums& sums, double count, double by_s, double by_t) {
     const auto [d, e, dd, ee, de] = sums.at;
-    return {{d + count * by_s, e + count * by_t, dd + by_s * (2 * d + count * by_s), ee + by_t * (2 * e + count * by_t),
-             de + by_s * e + by_t * d + count * by_s * by_t}};
+    return {{d + count * by_s, e + count * by_t, moved(dd, d, d, count, by_s, by_s), moved(ee, e, e, count, by_t, by_t),
+             moved(de, d, e, count, by_s, by_t)}};
   }
 
   static FRS_INLINE void add(Sums& to, const Sums& part, double) {
@@ -69,7 +69,8 @@ struct RowTraits<RowLoss::pkd> {
     numbers[2] = static_cast<T>(a);
     numbers[3] = static_cast<T>(b);
     numbers[4] = static_cast<T>(b * (row.pivot_t - numbers[1] + e) - a * (row.pivot_s - numbers[0] + d));
-    const double value = p * p * square_s + q * q * square_t - 2 * p * q * product;
+    // p^2 S + q^2 T - 2 p q X in differences, each 0 where student and teacher agree.
+    const double value = p * p * (square_s - product) + q * q * (square_t - product) + (p - q) * (p - q) * product;
     return (value < 0 ? 0 : value) * (share / 2);
   }
 
@@ -79,6 +80,10 @@ struct RowTraits<RowLoss::pkd> {
   }
 
  private:
+  // The same for all three, so that they are the same number where student and teacher are.
+  static FRS_INLINE double moved(double product, double d, double e, double count, double by_d, double by_e) {
+    return product + (d * by_e + e * by_d) + count * by_d * by_e;
+  }
   static FRS_INLINE double root(double v) { return ::sqrt(v < 0 ? 0 : v); }
 };
 
@@ -110,6 +115,7 @@ struct RowTraits<RowLoss::cwd> {
     numbers[1] = static_cast<T>(t);
     numbers[2] = static_cast<T>(share * row.temperature / z_s);
     numbers[3] = static_cast<T>(share * row.temperature / z_t);
+    if (row.count < 2) return apart * 0;  // or what is left of the rounding of t - s
     const double kl = apart / z_t + (s - t) / row.temperature + ::log(z_s) - ::log(z_t);
     return kl * (share * row.temperature * row.temperature);
   }

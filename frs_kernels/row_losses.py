@@ -60,7 +60,9 @@ def pkd(s: Tensor, t: Tensor, scale: float, _: float, eps: float) -> tuple[Tenso
     sigma, rho = ((square.clamp_min(0) / (n - 1)).sqrt() for square in (square_s, square_t))
     p, q = (torch.where(deviation + eps == 0, 0.0, 1 / (deviation + eps)) for deviation in (sigma, rho))
     share = scale / (n * channels)
-    value = (p * p * square_s + q * q * square_t - 2 * p * q * product).clamp_min(0).sum() * (share / 2)
+    # p^2 S + q^2 T - 2 p q X in differences, each 0 where student and teacher agree.
+    values = p * p * (square_s - product) + q * q * (square_t - product) + (p - q).square() * product
+    value = values.clamp_min(0).sum() * (share / 2)
     pull = torch.where(sigma == 0, 0.0, p * q * product / ((n - 1) * sigma))
     a, b = share * p * (eps * p * p + pull), share * p * q
     c = b * (e_sum / n) - a * (d_sum / n)

@@ -121,14 +121,18 @@ struct Step<RowLoss::cwd, V> {
   }
 };
 
-// Of a run: its pivots are its first numbers, or its maxima.
+// Of a run: its pivots are the means of its first numbers, of which one may be far from the others; or its maxima.
 template <RowLoss LOSS, class T, class S>
-FRS_INLINE Sums sums_of_run(const S* x, const S* z, int64_t size, T inverse_temperature) {
+FRS_INLINE Sums sums_of_run(const S* x, const S* z, int64_t size, T inverse_temperature, T (&pivots)[2]) {
   using L = Lanes<T>;
   using V = typename L::V;
-  T pivots[2];
   if constexpr (LOSS == RowLoss::pkd) {
-    pivots[0] = static_cast<T>(one(x, dtype_of<S>, 0)), pivots[1] = static_cast<T>(one(z, dtype_of<S>, 0));
+    const int64_t few = at_most(L::WIDTH, size);
+    for (int which = 0; which < 2; ++which) {
+      T sum = 0;  // in T: GCC 12 takes (double)(float)v for v where it vectorises that, and the pivots would be two
+      for (int64_t i = 0; i < few; ++i) sum += static_cast<T>(one(which ? z : x, dtype_of<S>, i));
+      pivots[which] = sum / static_cast<T>(few);
+    }
   } else {
     V most_x = -__builtin_inff() - V{}, most_z = most_x;
     int64_t i = 0;
@@ -175,8 +179,9 @@ void planar_sums(const Tile& tile, T inverse_temperature, Sums* of_channels) {
   each_row(tile, [&](const Row& row) {
     const S* x = fetch(level.student, row, x_buffer);
     const S* z = fetch(level.teacher, row, z_buffer);
-    Sums& sums = of_channels[row.c0] = sums_of_run<LOSS, T>(x, z, row.size(), inverse_temperature);
-    settle<LOSS>(level, row.c0, one(x, dtype_of<S>, 0), one(z, dtype_of<S>, 0), row.size(), sums);
+    T pivots[2];
+    Sums& sums = of_channels[row.c0] = sums_of_run<LOSS, T>(x, z, row.size(), inverse_temperature, pivots);
+    settle<LOSS>(level, row.c0, pivots[0], pivots[1], row.size(), sums);
   });
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from frs_kernels.losses import LOSSES
 from frs_kernels.ops import VERBS
+from frs_kernels.row_losses import ROW_LOSSES
 
 PAGE = mmap.PAGESIZE
 SHAPES = ((2, 5, 7, 9), (1, 19, 3, 1), (1, 1, 1, 1), (1, 37, 33, 32), (2, 700, 1, 3))
@@ -44,7 +45,7 @@ def fenced(values: Tensor, at_the_end: bool) -> Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(int(sys.argv[1]))
-    score, imitate, distill, scale_ = VERBS["cpu"]
+    score, imitate, distill, scale_, moments, moments_backward = VERBS["cpu"]
     for dtype, memory_format, at_the_end in itertools.product(DTYPES, FORMATS, (False, True)):
         x, z = (
             [
@@ -60,6 +61,9 @@ def main() -> None:
             terms = [Term(loss, temperature=2.0), Term(loss, 0.5, factor)]
             imitate(*arguments(entries, terms, scores, mass))
             distill(*arguments(entries, terms, scores, mass)[:2], z, *columns(entries, terms))
+        for loss in ROW_LOSSES:
+            _, _, rows = moments(x, z, loss, [1.0] * len(x), 1.0, factor, 2.0, 1e-6)
+            moments_backward(x, z, fenced(rows, at_the_end), loss, 1.0, factor, 2.0)
         scale_(x, fenced(torch.tensor(3.0), at_the_end))
     print(torch.ops.frs_kernels.instructions())
     if sys.argv[2:] == ["beyond"]:
