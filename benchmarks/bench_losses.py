@@ -1,7 +1,7 @@
 """The other losses: each against its published form in eager PyTorch, that form compiled, and the floor of the memory.
 
-On features or class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published form in fp64
-before it is timed: loss and gradients. A wrong one is reported as wrong and has no time.
+On features or class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published
+form in fp64 before it is timed: loss and gradients. A wrong one is reported as wrong and has no time.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from frs_kernels import backends
 from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
 from frs_kernels.functional import fsr_loss, masked_imitation_loss, quality_focal_distillation, richness_mask
-from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.modules import CWDLoss, FeatureAdapter, FSRLoss, PKDLoss
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms, ImitationTerms, Richness, RowTerms
 from frs_kernels.rows import cwd_loss, pkd_loss
@@ -15,12 +15,14 @@ frs_loss = fsr_loss
 
 __all__ = [
     "PRESETS",
+    "CWDLoss",
     "Diagnosis",
     "Distiller",
     "FSRLoss",
     "FSRTerms",
     "FeatureAdapter",
     "ImitationTerms",
+    "PKDLoss",
     "Richness",
     "RowTerms",
     "Tap",

@@ -124,14 +124,16 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
             raise ValueError(f"{name}[{level}] is on {x.device}, {name}[0] on {levels[0].device}; one device is needed")
 
 
-def check_given(student_feats: Any, teacher_feats: Any, student_logits: Any, teacher_logits: Any, mask: Any) -> None:
-    """Which of the lists of `fsr_loss` are there."""
+def check_given(
+    student_feats: Any, teacher_feats: Any, student_logits: Any, teacher_logits: Any, mask: Any, *, masked_feats: bool
+) -> None:
+    """Which of the lists of `fsr_loss` are there; `masked_feats`: the features' loss has a mask."""
     if student_feats is None and student_logits is None:
         raise ValueError("nothing to imitate: give student_feats with teacher_feats, or student_logits, or both")
     if (student_feats is None) != (teacher_feats is None):
         missing = "student_feats" if student_feats is None else "teacher_feats"
         raise ValueError(f"{missing} is missing: give both student_feats and teacher_feats, or None for both")
-    if teacher_logits is None and (mask is None or student_logits is not None):
+    if teacher_logits is None and ((mask is None and masked_feats) or student_logits is not None):
         raise ValueError("teacher_logits is missing: it makes the mask (or give mask=) and is what cls imitates")
 
 

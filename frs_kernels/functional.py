@@ -24,6 +24,8 @@ from frs_kernels.options import (
 )
 from frs_kernels.pairs import Pair, distill, plain_mask
 from frs_kernels.results import FSRTerms, ImitationTerms, Richness
+from frs_kernels.row_losses import ROW_LOSSES
+from frs_kernels.rows import distill_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,11 +109,12 @@ def fsr_loss(
             Probabilities, and a softmax with a background class, have the same shapes: `frs_kernels.check` tells.
         feat_weight, cls_weight: a number, zero or more, or a 0-dim tensor, which is read on the device: changing it
             neither recompiles nor synchronises, and what it holds is not looked at. Weights are not trained.
-        feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4.
+        feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4; "pkd" or "cwd" are `pkd_loss` and
+            `cwd_loss`, which know neither mask nor denominator.
         cls_loss: "bce"; "kl", the Bernoulli KL(teacher || student): the same gradient, 0 where they agree; "qfl", the
             quality focal loss, bce times |sigmoid(x) - sigmoid(z)|^beta; or "qfl_detached", the same value, whose
-            gradient takes that factor for a constant.
-        temperature: divides the logits inside `cls`, which is then multiplied by its square.
+            gradient takes that factor for a constant; or "cwd", as above.
+        temperature: divides the logits inside `cls`, which is then multiplied by its square; also that of "cwd".
         beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2;
             of "qfl" and "qfl_detached" the exponent: 0 makes bce of them, 1 and 2 are the fastest.
         normalizer: "mass" divides a level by M_l, as the paper does; "mass_channels" by C * M_l; "total_mass" by
@@ -147,19 +150,25 @@ def fsr_loss(
         level_weights=level_weights, grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
     scores = plain_mask(mask)
-    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores)
+    masked = feat_loss not in ROW_LOSSES
+    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores, masked_feats=masked)
     # Class entries first: their teacher is what `score` has just read.
-    pairs = []
+    every = []
     if student_logits is not None and teacher_logits is not None:
-        pairs.append(Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
+        every.append(Pair("cls_weight", cls_loss, cls_weight, student_logits, teacher_logits))
     if student_feats is not None and teacher_feats is not None:
-        pairs.append(Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
+        every.append(Pair("feat_weight", feat_loss, feat_weight, student_feats, teacher_feats))
+    pairs = [pair for pair in every if pair.loss not in ROW_LOSSES]
 
     def check() -> None:
         checks.check_pyramid(student_feats, teacher_feats, student_logits, teacher_logits, scores)
-        checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
+        checks.check_level_weights(options.level_weights, len(every[0].teacher))
 
-    found = distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
+    if len(pairs) == len(every):
+        found = distill(pairs, options, check, scores, teacher_logits, process_group, return_terms)
+    else:
+        aligned = [pair for pair in every if pair.loss in ROW_LOSSES]
+        found = distill_rows(aligned, pairs, options, check, scores, teacher_logits, process_group, return_terms)
     if isinstance(found, Tensor):
         return found
     feat, feat_per_level = found.part("feat_weight")

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
-from frs_kernels import checks
+from frs_kernels import backends, checks
 from frs_kernels.functional import fsr_loss
 from frs_kernels.levels import Levels
 from frs_kernels.options import Options, Weight
-from frs_kernels.results import FSRTerms, Richness
+from frs_kernels.results import FSRTerms, Richness, RowTerms
+from frs_kernels.rows import cwd_loss, pkd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from frs_kernels.options import LossOptions
+    from frs_kernels.options import Backend, LossOptions
 
 
 class FSRLoss(nn.Module):
@@ -94,6 +95,71 @@ class FSRLoss(nn.Module):
         shown = {name: value for name, value in given.items() if value != usual[name]}
         weights = {"feat_weight": self.feat_weight, "cls_weight": self.cls_weight}
         return ", ".join(f"{name}={value!r}" for name, value in (weights | shown).items())
+
+
+class _RowLoss(nn.Module):
+    """A loss along rows with its options kept."""
+
+    def __init__(self, weight: Weight, own: dict[str, float], options: dict[str, Any], return_terms: bool) -> None:
+        super().__init__()
+        checks.check_weight("weight", weight, getattr(weight, "device", None))
+        checks.check_level_weights(options["level_weights"], None)
+        checks.check_option("backend", options["backend"], ("auto", *backends.BACKENDS))
+        self.weight: Weight
+        if isinstance(weight, Tensor):
+            self.register_buffer("weight", weight.detach().clone(), persistent=False)
+        else:
+            self.weight = weight
+        self.options = {**own, **options, "return_terms": return_terms}
+
+    def extra_repr(self) -> str:
+        """The weight, and the other options that are given."""
+        shown = {name: value for name, value in self.options.items() if value not in (None, False, "auto")}
+        return ", ".join(f"{name}={value!r}" for name, value in ({"weight": self.weight} | shown).items())
+
+
+class PKDLoss(_RowLoss):
+    """`pkd_loss` with its options kept: `PKDLoss(6.0)`. The arguments are those of `pkd_loss`.
+
+    A weight given as a number may be set between steps; one given as a 0-dim tensor becomes a buffer.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        eps: float = 1e-6,
+        level_weights: Sequence[float] | None = None,
+        backend: Backend = "auto",
+        return_terms: bool = False,
+    ) -> None:
+        checks.check_number("eps", eps, positive=False)
+        super().__init__(weight, {"eps": eps}, {"level_weights": level_weights, "backend": backend}, return_terms)
+
+    def forward(self, student_feats: Levels, teacher_feats: Levels) -> Tensor | RowTerms:
+        found: Tensor | RowTerms = pkd_loss(student_feats, teacher_feats, weight=self.weight, **self.options)
+        return found
+
+
+class CWDLoss(_RowLoss):
+    """`cwd_loss` with its options kept: `CWDLoss(10.0)`. Its arguments; weight as in `PKDLoss`."""
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        temperature: float = 1.0,
+        level_weights: Sequence[float] | None = None,
+        backend: Backend = "auto",
+        return_terms: bool = False,
+    ) -> None:
+        checks.check_number("temperature", temperature, positive=True)
+        own = {"temperature": temperature}
+        super().__init__(weight, own, {"level_weights": level_weights, "backend": backend}, return_terms)
+
+    def forward(self, student: Levels, teacher: Levels) -> Tensor | RowTerms:
+        found: Tensor | RowTerms = cwd_loss(student, teacher, weight=self.weight, **self.options)
+        return found
 
 
 class _Group:

@@ -11,14 +11,15 @@ from torch.compiler import is_compiling
 
 from frs_kernels import backends, checks
 from frs_kernels.losses import CLS_LOSSES, FEAT_LOSSES
+from frs_kernels.row_losses import ROW_LOSSES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 Weight = float | Tensor
-FeatLoss = Literal["mse", "l1", "smooth_l1"]
-ClsLoss = Literal["bce", "kl", "qfl", "qfl_detached"]
+FeatLoss = Literal["mse", "l1", "smooth_l1", "pkd", "cwd"]
+ClsLoss = Literal["bce", "kl", "qfl", "qfl_detached", "cwd"]
 AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached"]
 Normalizer = Literal["mass", "mass_channels", "total_mass"]
 GradMode = Literal["auto", "forward", "backward"]
@@ -99,8 +100,8 @@ def _checked(**options: Any) -> Options:
     weights = options.get("level_weights")
     checks.check_level_weights(weights, None)
     found = Options(**{**options, "level_weights": None if weights is None else tuple(weights)})
-    checks.check_option("feat_loss", found.feat_loss, FEAT_LOSSES)
-    checks.check_option("cls_loss", found.cls_loss, CLS_LOSSES)
+    checks.check_option("feat_loss", found.feat_loss, (*FEAT_LOSSES, *ROW_LOSSES))
+    checks.check_option("cls_loss", found.cls_loss, (*CLS_LOSSES, "cwd"))
     checks.check_option("normalizer", found.normalizer, checks.NORMALIZERS)
     checks.check_option("grad_mode", found.grad_mode, checks.GRAD_MODES)
     checks.check_option("backend", found.backend, ("auto", *backends.BACKENDS))

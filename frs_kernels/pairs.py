@@ -33,7 +33,7 @@ class Found(NamedTuple):
         """A term's value and its values a level; of one that was not asked for zeros, which take a launch each."""
         if name in self.parts:
             return self.parts[name]
-        return self.mass.new_zeros(()), self.mass.new_zeros(len(self.mask))
+        return self.mass.new_zeros(()), torch.zeros_like(self.mass)
 
 
 class Pair(NamedTuple):

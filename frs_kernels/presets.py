@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypedDict, cast
 
-from frs_kernels.options import Normalizer
+from frs_kernels.options import FeatLoss, Normalizer
 
 
 class ReadOnly(dict[str, Any]):
@@ -36,6 +36,8 @@ class ReadOnly(dict[str, Any]):
 class Preset(TypedDict, total=False):
     feat_weight: float
     cls_weight: float
+    feat_loss: FeatLoss
+    temperature: float
     normalizer: Normalizer
     eps: float
 
@@ -43,12 +45,15 @@ class Preset(TypedDict, total=False):
 # The first four are the weights of the authors' released configurations, for student and teacher on COCO; the paper's
 # own code takes Faster R-CNN's mask and head term from the RPN's objectness. "ultralytics" is that library's built-in
 # feature loss: its gain of 6, C * M as the denominator, no head term (give no student_logits: a weight of 0 still costs
-# the pass over them); it multiplies by the batch size besides.
+# the pass over them); it multiplies by the batch size besides. "pkd" and "cwd" are mmrazor's configurations for FPN
+# features: PKD's of Faster R-CNN (of RetinaNet: 10), both for the first four levels; CWD's for all five.
 _PRESETS: dict[str, Preset] = {
     "retinanet": {"feat_weight": 0.005, "cls_weight": 0.02},
     "gfl": {"feat_weight": 0.1, "cls_weight": 0.05},
     "fcos": {"feat_weight": 0.01, "cls_weight": 0.05},
     "faster_rcnn": {"feat_weight": 0.002, "cls_weight": 0.1},
     "ultralytics": {"feat_weight": 6.0, "cls_weight": 0.0, "normalizer": "mass_channels", "eps": 1e-9},
+    "pkd": {"feat_weight": 6.0, "cls_weight": 0.0, "feat_loss": "pkd"},
+    "cwd": {"feat_weight": 10.0, "cls_weight": 0.0, "feat_loss": "cwd", "temperature": 1.0},
 }
 PRESETS: Mapping[str, Preset] = ReadOnly({name: cast("Preset", ReadOnly(preset)) for name, preset in _PRESETS.items()})

@@ -233,9 +233,7 @@ def moments(
     """
     dtype = accumulate_dtype(*student, *teacher)
     of = ROW_LOSSES[loss].of
-    found = [
-        of(s.to(dtype), t.to(dtype), w, temperature, eps) for s, t, w in zip(student, teacher, scale, strict=True)
-    ]
+    found = [of(s.to(dtype), t.to(dtype), w, temperature, eps) for s, t, w in zip(student, teacher, scale, strict=True)]
     levels = torch.stack([value for value, _ in found])
     value = levels.sum()
     total = weight * value if factor is None else weight * factor.to(dtype) * value

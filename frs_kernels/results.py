@@ -14,8 +14,8 @@ class FSRTerms(NamedTuple):
 
     loss, feat, cls: 0-dim; a term that was not asked for is 0
     feat_per_level, cls_per_level: (L,), sums to feat and to cls
-    mask: (N, H, W) a level: the scores S_p, or the mask given
-    mass: (L,), M_l = sum_p mask_p
+    mask: (N, H, W) a level: the scores S_p, or the mask given; empty where no term has one ("pkd", "cwd")
+    mass: (L,), M_l = sum_p mask_p; then zeros
     """
 
     loss: Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,12 +15,18 @@ from frs_kernels import backends, checks
 from frs_kernels.autograd import late_term, load, once, save
 from frs_kernels.levels import Levels
 from frs_kernels.ops import VERBS
+from frs_kernels.options import Options
+from frs_kernels.pairs import Found, Pair, distill
 from frs_kernels.results import RowTerms
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from frs_kernels.options import Backend, RowOptions, Weight
+
+EPS = 1e-6
+"""That of PKD's authors."""
 
 
 @overload
@@ -38,6 +46,17 @@ def pkd_loss(
     teacher_feats: Levels,
     *,
     eps: float = ...,
+    return_terms: Literal[True],
+    **options: Unpack[RowOptions],
+) -> RowTerms: ...
+
+
+@overload
+def pkd_loss(
+    student_feats: Levels,
+    teacher_feats: Levels,
+    *,
+    eps: float = ...,
     return_terms: bool,
     **options: Unpack[RowOptions],
 ) -> Tensor | RowTerms: ...
@@ -48,7 +67,7 @@ def pkd_loss(
     teacher_feats: Levels,
     *,
     weight: Weight = 1.0,
-    eps: float = 1e-6,
+    eps: float = EPS,
     level_weights: Sequence[float] | None = None,
     backend: Backend = "auto",
     return_terms: bool = False,
@@ -99,6 +118,17 @@ def cwd_loss(
     teacher: Levels,
     *,
     temperature: float = ...,
+    return_terms: Literal[True],
+    **options: Unpack[RowOptions],
+) -> RowTerms: ...
+
+
+@overload
+def cwd_loss(
+    student: Levels,
+    teacher: Levels,
+    *,
+    temperature: float = ...,
     return_terms: bool,
     **options: Unpack[RowOptions],
 ) -> Tensor | RowTerms: ...
@@ -114,7 +144,7 @@ def cwd_loss(
     backend: Backend = "auto",
     return_terms: bool = False,
 ) -> Tensor | RowTerms:
-    """CWD: where each channel looks, compared as distributions over positions (Shu et al., ICCV 2021, arXiv 2011.13256).
+    """CWD: where each channel looks, as distributions over positions (Shu et al., ICCV 2021, arXiv 2011.13256).
 
         p    = softmax(s / tau),  q = softmax(t / tau)          of a channel of an image, over its H W positions
         loss = weight * sum_l w_l tau^2 / (N_l C_l) sum q (log q - log p)
@@ -149,14 +179,50 @@ def _align(
     checks.check_level_weights(level_weights, len(teacher))
     checks.check_weight("weight", weight, teacher[0].device)
     checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
-    if torch.is_grad_enabled() and not any(s.requires_grad for s in student):
-        checks.check_learns([(student, teacher)])
+    weights = None if level_weights is None else tuple(level_weights)
+    options = Options(temperature=temperature, level_weights=weights, backend=backend)
+    terms = _aligned(Pair("weight", loss, weight, student, teacher), options, eps)
+    return terms if return_terms else terms.loss
+
+
+def distill_rows(
+    aligned: Sequence[Pair],
+    pairs: Sequence[Pair],
+    options: Options,
+    check: Callable[[], None],
+    mask: Levels | None,
+    teacher_logits: Levels | None,
+    process_group: ProcessGroup | None,
+    return_terms: bool,
+) -> Tensor | Found:
+    """`frs_kernels.pairs.distill` of the pairs, which may be none, and losses along rows of those that are aligned."""
+    checks.check_transforms()
+    check()
+    for pair in aligned:
+        checks.check_weight(pair.weight_name, pair.weight, pair.teacher[0].device)
+    terms = {pair.weight_name: _aligned(pair, options, EPS) for pair in aligned}
+    loss = functools.reduce(operator.add, (term.loss for term in terms.values()))
+    masked = None
+    if pairs:
+        masked = distill(pairs, options, check, mask, teacher_logits, process_group, return_terms)
+        loss = loss + (masked if isinstance(masked, Tensor) else masked.loss)
+    if not return_terms:
+        return loss
+    parts = {name: (term.value, term.per_level) for name, term in terms.items()}
+    if isinstance(masked, Found):
+        return masked._replace(loss=loss, parts={**masked.parts, **parts})
+    return Found(loss, parts, [], loss.new_zeros(len(aligned[0].teacher)))
+
+
+def _aligned(pair: Pair, options: Options, eps: float) -> RowTerms:
+    if torch.is_grad_enabled() and not any(s.requires_grad for s in pair.student):
+        checks.check_learns([(pair.student, pair.teacher)])
+    weight, weights = pair.weight, options.level_weights
     number, factor = (1.0, weight.detach()) if isinstance(weight, Tensor) else (float(weight), None)
-    scale = [1.0] * len(teacher) if level_weights is None else [float(w) for w in level_weights]
-    chosen = backends.choose(backend, teacher[0].device.type)
-    call = (chosen, loss, list(teacher), scale, number, factor, float(temperature), float(eps))
-    found = Alignment.apply(call, *student)  # type: ignore[no-untyped-call]
-    return RowTerms(*found) if return_terms else found[0]
+    scale = [1.0] * len(pair.teacher) if weights is None else [float(w) for w in weights]
+    chosen = backends.choose(options.backend, pair.teacher[0].device.type)
+    call = (chosen, pair.loss, list(pair.teacher), scale, number, factor, float(options.temperature), float(eps))
+    return RowTerms(*Alignment.apply(call, *pair.student))  # type: ignore[no-untyped-call]
 
 
 class Alignment(torch.autograd.Function):

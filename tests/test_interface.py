@@ -29,20 +29,25 @@ from frs_kernels import (
     richness_mask,
 )
 from frs_kernels.backends import BACKENDS
+from frs_kernels.row_losses import ROW_LOSSES
 
 TINY = ((2, 2, 3), (2, 1, 1))
+MASKED = [name for name, preset in PRESETS.items() if preset.get("feat_loss") not in ROW_LOSSES]
 
 SNIPPET = """
 import torch
 from typing_extensions import assert_type
 from frs_kernels import PRESETS, FSRLoss, FSRTerms, ImitationTerms, fsr_loss, masked_imitation_loss, richness_mask
-from frs_kernels import quality_focal_distillation
+from frs_kernels import RowTerms, cwd_loss, pkd_loss, quality_focal_distillation
 
 x = [torch.zeros(1, 2, 3, 4)]
 flag = bool(x)
 assert_type(fsr_loss(x, x, x, x), torch.Tensor)
 assert_type(fsr_loss(x, x, x, x, return_terms=False), torch.Tensor)
 assert_type(fsr_loss(x, x, None, x, return_terms=True), FSRTerms)
+assert_type(pkd_loss(x, x), torch.Tensor)
+assert_type(cwd_loss(x, x, temperature=4.0, return_terms=True), RowTerms)
+assert_type(pkd_loss(x, x, return_terms=flag), torch.Tensor | RowTerms)
 assert_type(fsr_loss(None, None, x, x, return_terms=flag), torch.Tensor | FSRTerms)
 assert_type(masked_imitation_loss(x, x, [torch.zeros(1, 3, 4)], weight=torch.ones(())), torch.Tensor)
 m = richness_mask(x)
@@ -91,7 +96,7 @@ def test_options_are_keywords_only():
 
 
 @each_backend
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MASKED)
 def test_every_preset_is_a_set_of_keywords(rng, backend, device, name):
     p = pyramid(rng, sizes=TINY, device=device)
     loss = fsr_loss(*p.inputs, backend=backend, **PRESETS[name])
@@ -102,12 +107,15 @@ def test_every_preset_is_a_set_of_keywords(rng, backend, device, name):
 
 
 def test_the_presets_are_those_of_the_released_configurations():
-    weights = {name: (v["feat_weight"], v["cls_weight"]) for name, v in PRESETS.items() if name != "ultralytics"}
+    weights = {name: (PRESETS[name]["feat_weight"], PRESETS[name]["cls_weight"]) for name in PRESETS}
+    assert weights.pop("ultralytics") == (6, 0)
     assert weights == {
         "retinanet": (0.005, 0.02),
         "gfl": (0.1, 0.05),
         "fcos": (0.01, 0.05),
         "faster_rcnn": (0.002, 0.1),
+        "pkd": (6, 0),
+        "cwd": (10, 0),
     }
     assert PRESETS["ultralytics"]["normalizer"] == "mass_channels"
 

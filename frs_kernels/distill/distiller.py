@@ -16,6 +16,7 @@ from frs_kernels.distill import masks
 from frs_kernels.distill.pairing import (
     Distilling,
     choose_levels,
+    has_head_term,
     make_adapter,
     make_shares,
     options_of,
@@ -24,6 +25,7 @@ from frs_kernels.distill.pairing import (
 )
 from frs_kernels.distill.tap import COMPILED, Source, Tap
 from frs_kernels.modules import FSRLoss
+from frs_kernels.row_losses import ROW_LOSSES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,6 +175,9 @@ class Distiller(Distilling, nn.Module):
             make = importlib.import_module(f"frs_kernels.integrations.{recipe}").recipe
             recipe = make(student), make(teacher)
         self.recipes = (recipe, recipe) if isinstance(recipe, Recipe) else recipe
+        self.mask = mask
+        if not self._needs_logits():  # and the teacher need not run so far
+            self.recipes = self.recipes[0]._replace(logits=None), self.recipes[1]._replace(logits=None)
         norms = [found.normalisation for found in self.recipes]
         if norms[0] != norms[1]:
             raise ValueError(
@@ -181,7 +186,6 @@ class Distiller(Distilling, nn.Module):
             )
         self.student = student
         self.teacher = teacher
-        self.mask = mask
         self.warmup = warmup
         self.steps = steps
         self.iteration = 0
@@ -223,10 +227,8 @@ class Distiller(Distilling, nn.Module):
             ) from error
         self._counts = s.counts, t.counts
         self.has_feats = self.recipes[0].feats is not None
-        # A weight of 0 leaves the term out: it would cost a pass over the logits.
-        no_weight = not isinstance(self.criterion.cls_weight, Tensor) and self.criterion.cls_weight == 0
-        self.has_logits = self.recipes[0].logits is not None and not no_weight
-        if (self.has_logits or self.mask != "ones") and self.recipes[1].logits is None:
+        self.has_logits = self.recipes[0].logits is not None and has_head_term(self.criterion)
+        if self._needs_logits() and self.recipes[1].logits is None:
             raise ValueError("the richness is made of the teacher's class logits: name logits, or take mask='ones'")
         of_student, of_teacher = (tap.feats if self.has_feats else tap.logits for tap in (s, t))
         self.levels = choose_levels(levels, of_student, of_teacher, images.shape[-1])
@@ -246,6 +248,11 @@ class Distiller(Distilling, nn.Module):
             raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
         checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
         return images
+
+    def _needs_logits(self) -> bool:
+        """For the head's term, or for a mask."""
+        head = self.recipes[0].logits is not None and has_head_term(self.criterion)
+        return head or (self.mask != "ones" and self.criterion.options.feat_loss not in ROW_LOSSES)
 
     def _run_teacher(self, model: nn.Module, images: Tensor) -> Tap:
         """As far as needed."""

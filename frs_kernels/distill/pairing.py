@@ -40,6 +40,11 @@ def options_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**(PRESETS[preset] if preset else UNTUNED), **given}
 
 
+def has_head_term(criterion: FSRLoss) -> bool:
+    """A weight of 0 leaves the term out: it would cost a pass over the logits."""
+    return isinstance(criterion.cls_weight, Tensor) or criterion.cls_weight != 0
+
+
 def ramp(iteration: int, warmup: int, steps: int | None = None) -> float:
     """The factor of both losses: up to 1 over `warmup` iterations, and with `steps` along a cosine down to 0 there."""
     rise = min(iteration / warmup, 1.0) if warmup else 1.0

@@ -36,6 +36,7 @@ from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
     Distilling,
     choose_levels,
+    has_head_term,
     make_adapter,
     make_shares,
     options_of,
@@ -75,7 +76,7 @@ class FRSDistiller(Distilling, BaseDetector):
         student: the student's model config: a dict, a config file, or "mmdet::<config>".
         teacher: the teacher's, likewise. Its images are normalised as the student's.
         teacher_checkpoint: file or URL of the teacher's weights; every key must fit.
-        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn"; None for weights of 1 and
+        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn", "pkd", "cwd"; None for weights of 1 and
             normalizer="total_mass" (docs/math.md).
         loss: further keywords of `frs_kernels.FSRLoss` that override the preset's, say dict(feat_weight=0.01,
             cls_loss="kl", level_weights=[...]).
@@ -154,7 +155,7 @@ class FRSDistiller(Distilling, BaseDetector):
         super().__init__(built.data_preprocessor, init_cfg)
         self.student = built
         self.criterion = criterion
-        self.has_feats, self.has_logits = terms != "head", terms != "features"
+        self.has_feats, self.has_logits = terms != "head", terms != "features" and has_head_term(criterion)
         self.mask = mask
         self.threshold = threshold
         self.centerness = centerness
@@ -193,7 +194,8 @@ class FRSDistiller(Distilling, BaseDetector):
             t = Emitted(resized(t.feats, s.feats), resized(t.logits, s.logits), t.outputs)
         losses |= self.distil(s, t, batch_data_samples)
         assert self.terms is not None
-        losses |= {f"frs_mass_{level}": mass for level, mass in zip(self.levels, self.terms.mass, strict=True)}
+        if self.terms.mask:
+            losses |= {f"frs_mass_{level}": mass for level, mass in zip(self.levels, self.terms.mass, strict=True)}
         return losses
 
     def distil(self, s: Emitted, t: Emitted, samples: list[Any]) -> dict[str, Tensor]:
