@@ -151,7 +151,7 @@ def fsr_loss(
     )  # fmt: skip
     scores = plain_mask(mask)
     masked = feat_loss not in ROW_LOSSES
-    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores, masked_feats=masked)
+    checks.check_given(student_feats, teacher_feats, student_logits, teacher_logits, scores, masked)
     # Class entries first: their teacher is what `score` has just read.
     every = []
     if student_logits is not None and teacher_logits is not None:

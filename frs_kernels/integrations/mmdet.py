@@ -76,8 +76,8 @@ class FRSDistiller(Distilling, BaseDetector):
         student: the student's model config: a dict, a config file, or "mmdet::<config>".
         teacher: the teacher's, likewise. Its images are normalised as the student's.
         teacher_checkpoint: file or URL of the teacher's weights; every key must fit.
-        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn", "pkd", "cwd"; None for weights of 1 and
-            normalizer="total_mass" (docs/math.md).
+        preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn", "pkd", "cwd"; None for
+            weights of 1 and normalizer="total_mass" (docs/math.md).
         loss: further keywords of `frs_kernels.FSRLoss` that override the preset's, say dict(feat_weight=0.01,
             cls_loss="kl", level_weights=[...]).
         terms: "both", "features" or "head": the paper's ablation.
