@@ -125,7 +125,12 @@ def check_levels(name: str, levels: Any, dims: int = 4) -> None:
 
 
 def check_given(
-    student_feats: Any, teacher_feats: Any, student_logits: Any, teacher_logits: Any, mask: Any, masked_feats: bool = True
+    student_feats: Any,
+    teacher_feats: Any,
+    student_logits: Any,
+    teacher_logits: Any,
+    mask: Any,
+    masked_feats: bool = True,
 ) -> None:
     """Which of the lists of `fsr_loss` are there; `masked_feats`: the features' loss has a mask."""
     if student_feats is None and student_logits is None:
