@@ -13,9 +13,9 @@ from rich.console import Console
 
 from . import pictures, report
 from .coco import COCO_SIDES, DataError, Split, read_split
-from .detector import STUDENT, TEACHER, Detector, Size
+from .detector import Detector, Size
 from .digits import DIGIT_SIDES, make_digits
-from .options import Arm, parse, student_arms, teacher_schedule
+from .options import Arm, parse, sizes, student_arms, teacher_schedule
 from .progress import stage
 from .timing import time_losses
 from .train import Distillation, Run, Schedule, TeacherOutputs, fingerprint, mask_difference, train
@@ -79,7 +79,7 @@ class Trainer:
                 "how": asdict(how) | {"teacher": self.teacher_key} if how else None,
             }
         )
-        if teacher is None and size == TEACHER:
+        if name == "teacher":
             self.teacher_key = key
         with stage(self.console, f"{label.strip()}, seed {seed}", schedule.iterations) as advance:
             return train(
@@ -102,8 +102,8 @@ def work(console: Console, options: argparse.Namespace) -> None:
     sides = COCO_SIDES if options.data else DIGIT_SIDES
     trainer = Trainer(console, options, splits, sides)
 
-    plan = teacher_schedule(options)
-    teacher, teacher_run = trainer("teacher", "teacher", TEACHER, plan, seed=0)
+    teacher_size, student_size = sizes(options)
+    teacher, teacher_run = trainer("teacher", "teacher", teacher_size, teacher_schedule(options), seed=0)
     outputs: dict[str, TeacherOutputs] = {}
 
     def outputs_of(kind: str) -> TeacherOutputs:
@@ -118,14 +118,14 @@ def work(console: Console, options: argparse.Namespace) -> None:
         runs: dict[int, Run] = {}
         taught = outputs_of(arm.how.teacher) if arm.how else None
         for seed in options.seeds:
-            model, runs[seed] = trainer(arm.name, arm.label, STUDENT, arm.schedule, seed, arm.how, taught)
+            model, runs[seed] = trainer(arm.name, arm.label, student_size, arm.schedule, seed, arm.how, taught)
             if seed == options.seeds[0]:
                 shown[arm.name] = model
         students[arm.name] = arm, runs
 
     with stage(console, "timing the loss", 1) as advance:
         rows = torch.arange(min(options.batch, len(splits[0])))
-        loss_ms, absent = time_losses(*outputs_of("folded").batch(rows), options.feat_weight, options.cls_weight)
+        loss_ms, absent = time_losses(*outputs_of("folded").batch(rows)[:2], options.feat_weight, options.cls_weight)
         advance(1)
     with stage(console, "pictures", 3) as advance:
         pictures.draw_masks(teacher, splits[1], options.out / "masks.png", options.backend)

@@ -1,7 +1,8 @@
 """A compact dense detector: five strided stages, an FPN, one head with sigmoid class logits.
 
 A point is the centre of a cell of an FPN level. Every point predicts K class logits and its
-distances to the four sides of a box.
+distances to the four sides of a box: as four numbers, or, with `Size.bins`, as four distributions,
+as GFL does (Li et al., Generalized Focal Loss, NeurIPS 2020).
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ LEVEL_SIDE = 3.0
 """A level of stride s takes the objects up to 3 s wide (geometric mean); the last, all larger."""
 CENTRE_RADIUS = 1.0
 """Points this many strides around an object's centre are trained to find it."""
+REACH = 4.0
+"""Strides from a point to the farthest side that distributions reach: at the last level 128 pixels."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Channels of the stages of stride 2, 4, 8, 16, 32, and of the FPN and the head."""
+    """Channels of the stages of stride 2, 4, 8, 16, 32, and of the FPN and the head.
+
+    `bins` is the number of bins of a side's distribution; with 0 a side is one number.
+    """
 
     widths: tuple[int, int, int, int, int]
     fpn: int
+    bins: int = 0
 
 
 TEACHER = Size((24, 40, 64, 96, 96), 64)
@@ -35,7 +42,10 @@ STUDENT = Size((8, 12, 16, 24, 32), 16)
 
 
 class Outputs(NamedTuple):
-    """One tensor a level: features (N, C, H, W), logits (N, K, H, W), distances (N, 4, H, W)."""
+    """One tensor a level: features (N, C, H, W), logits (N, K, H, W), distances (N, 4, H, W).
+
+    With bins, distances are (N, 4 bins, H, W), logits of a softmax over the bins of a side.
+    """
 
     features: list[Tensor]
     logits: list[Tensor]
@@ -86,7 +96,7 @@ class Detector(nn.Module):
         self.smooths = nn.ModuleList(nn.Conv2d(size.fpn, size.fpn, 3, padding=1) for _ in widths[2:])
         self.class_tower, self.box_tower = Tower(size.fpn), Tower(size.fpn)
         self.class_head = nn.Conv2d(size.fpn, classes, 3, padding=1)
-        self.box_head = nn.Conv2d(size.fpn, 4, 3, padding=1)
+        self.box_head = nn.Conv2d(size.fpn, 4 * max(1, size.bins), 3, padding=1)
         # Every point starts as background with a score of 0.01: nearly all of them are.
         nn.init.normal_(self.class_head.weight, std=0.01)
         assert self.class_head.bias is not None
@@ -125,16 +135,40 @@ def flatten(levels: list[Tensor]) -> Tensor:
     return torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2).float()
 
 
+def sides_of(points: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
+    """The distances in strides from points (..., 2) to the sides of boxes (..., 4) around them."""
+    sides = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1)
+    return sides / strides[..., None]
+
+
 def encode(points: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
     """Boxes (..., 4) around points (..., 2) as the logarithms of distances in strides."""
-    sides = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), -1)
-    return (sides / strides[..., None]).log()
+    return sides_of(points, strides, boxes).log()
 
 
 def decode(points: Tensor, strides: Tensor, distances: Tensor) -> Tensor:
-    """The inverse of `encode`."""
-    sides = distances.clamp(-6, 6).exp() * strides[..., None]
+    """Boxes (..., 4): the inverse of `encode`, or the expectations of distributions (..., 4 bins)."""
+    if distances.shape[-1] == 4:
+        sides = distances.clamp(-6, 6).exp()
+    else:
+        shares = distances.unflatten(-1, (4, -1)).softmax(-1)
+        sides = shares @ torch.linspace(0, REACH, shares.shape[-1], device=shares.device)
+    sides = sides * strides[..., None]
     return torch.cat((points - sides[..., :2], points + sides[..., 2:]), -1)
+
+
+def distribution_loss(distances: Tensor, sides: Tensor) -> Tensor:
+    """GFL's distribution focal loss (D,): the cross entropy to the two bins beside each side.
+
+    distances (D, 4 bins); sides (D, 4) in strides, those beyond the last bin taken for it.
+    """
+    logs = distances.unflatten(-1, (4, -1)).log_softmax(-1)
+    last = logs.shape[-1] - 1
+    place = sides.clamp(0, REACH) * (last / REACH)
+    low = place.long().clamp(max=last - 1)
+    beside = logs.gather(-1, torch.stack((low, low + 1), -1))
+    upper = place - low
+    return -(beside * torch.stack((1 - upper, upper), -1)).sum(-1).mean(-1)
 
 
 def assign(points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -159,7 +193,10 @@ def assign(points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Te
 
 
 def detection_loss(outputs: Outputs, boxes: Tensor, labels: Tensor) -> Tensor:
-    """3 focal loss (gamma 1, alpha 0.5) + GIoU loss, over boxes (N, G, 4) and labels (N, G)."""
+    """3 focal loss (gamma 1, alpha 0.5) + GIoU loss, over boxes (N, G, 4) and labels (N, G).
+
+    With bins + 1/4 distribution focal loss.
+    """
     points, strides = make_points(outputs.logits)
     logits, distances = flatten(outputs.logits), flatten(outputs.distances)
     found = assign(points, strides, boxes, labels)
@@ -171,9 +208,11 @@ def detection_loss(outputs: Outputs, boxes: Tensor, labels: Tensor) -> Tensor:
     target[picture, point, labels[picture, column]] = 1
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     focal = 0.5 * ((logits.sigmoid() - target).abs() * entropy).sum() / positives
-    predicted = decode(points[point], strides[point], distances[picture, point])
-    overlap = (1 - generalized_iou(predicted, boxes[picture, column])).sum() / positives
-    return 3 * focal + overlap
+    place, told, wanted = (points[point], strides[point]), distances[picture, point], boxes[picture, column]
+    loss = 3 * focal + (1 - generalized_iou(decode(*place, told), wanted)).sum() / positives
+    if told.shape[-1] > 4:
+        loss = loss + 0.25 * distribution_loss(told, sides_of(*place, wanted)).sum() / positives
+    return loss
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 import frs_kernels
 
+from .detector import REACH, STUDENT, TEACHER, Size
 from .train import Distillation, Schedule
 
 QUICK = {
@@ -57,6 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--teacher-iterations", type=int, default=1200)
     add("--student-iterations", type=int, default=700)
     add("--long-iterations", type=int, default=2400, help="of the ablation's long schedule")
+    add("--bins", type=int, default=0, help="of each side's distribution, as GFL's; 0: a side is one number")
     add("--batch", type=int, default=16, help="pictures an iteration")
     add("--teacher-lr", type=float, default=5e-3)
     add("--student-lr", type=float, default=1e-2)
@@ -80,6 +82,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.image_size < 32 or options.image_size % 32:
         parser.error("--image-size must be a multiple of 32")
+    if options.bins and (options.bins < 2 or options.image_size > 32 * REACH):
+        parser.error(f"--bins must be 0 or at least 2, and reaches across an --image-size of {32 * REACH:g} at most")
     for name in ("train_pictures", "val_pictures", "student_iterations", "teacher_iterations"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -101,6 +105,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def schedule(options: argparse.Namespace, iterations: int, lr: float) -> Schedule:
     every = 4 if options.quick else 100
     return Schedule(iterations, lr, options.batch, check_every=every)
+
+
+def sizes(options: argparse.Namespace) -> tuple[Size, Size]:
+    """Those of teacher and student."""
+    return replace(TEACHER, bins=options.bins), replace(STUDENT, bins=options.bins)
 
 
 def teacher_schedule(options: argparse.Namespace) -> Schedule:

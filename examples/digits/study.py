@@ -20,7 +20,6 @@ from . import options as settings
 from . import report
 from .__main__ import Trainer, load
 from .coco import COCO_SIDES, DataError
-from .detector import STUDENT, TEACHER
 from .digits import DIGIT_SIDES
 from .progress import stage
 from .train import MASKS, Distillation, Run, TeacherOutputs
@@ -66,14 +65,15 @@ def label(how: Distillation | None) -> str:
 def work(console: Console, own: argparse.Namespace, options: argparse.Namespace) -> None:
     splits = load(console, options)
     trainer = Trainer(console, options, splits, COCO_SIDES if options.data else DIGIT_SIDES)
-    teacher, teacher_run = trainer("teacher", "teacher", TEACHER, settings.teacher_schedule(options), seed=0)
+    teacher_size, student_size = settings.sizes(options)
+    teacher, teacher_run = trainer("teacher", "teacher", teacher_size, settings.teacher_schedule(options), seed=0)
     with stage(console, "teacher outputs", len(splits[0])) as advance:
         outputs = TeacherOutputs(teacher, splits[0].pictures, options.cache_gb, advance)
     short = settings.schedule(options, options.student_iterations, options.student_lr)
     arms = []
     for how in (None, *ways(own, options)):
         runs = {
-            seed: trainer("study", label(how), STUDENT, short, seed, how, outputs if how else None)[1]
+            seed: trainer("study", label(how), student_size, short, seed, how, outputs if how else None)[1]
             for seed in options.seeds
         }
         arms.append({"how": asdict(how) if how else None, **report.summarize(runs), "pull": _pull(list(runs.values()))})

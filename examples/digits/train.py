@@ -1,4 +1,4 @@
-"""Train a detector, alone or taught with `fsr_loss`; keep checkpoints and finished runs."""
+"""Train a detector, alone or taught; keep checkpoints and finished runs."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ class Schedule:
 class Distillation:
     """How a student is taught; a weight of zero leaves that term out altogether.
 
-    Both weights rise from zero over the first `ramp` iterations. `mask` is one of `MASKS`.
+    All weights rise from zero over the first `ramp` iterations. `mask` is one of `MASKS`.
     With a `share` the weights are held where each term's gradient is that part of the rest's, at
-    the features and at the logits; they begin at those given. `measure` keeps what they are.
-    `teacher` is one of `TEACHERS`.
+    the features, at the logits and at the boxes; they begin at those given. `measure` keeps what
+    they are. `teacher` is one of `TEACHERS`. `feat_loss` and `cls_loss` are those of `fsr_loss`;
+    `box_weight` is that of `localization_distillation`, under the same mask and normalizer.
     """
 
     feat_weight: float
@@ -60,6 +61,15 @@ class Distillation:
     measure: bool = False
     teacher: str = "folded"
     adapter_kernel: int = 3
+    feat_loss: str = "mse"
+    cls_loss: str = "bce"
+    box_weight: float = 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those of the terms that are not left out."""
+        every = {"feat": self.feat_weight, "cls": self.cls_weight, "box": self.box_weight}
+        return {name: weight for name, weight in every.items() if weight}
 
 
 @dataclass
@@ -68,13 +78,15 @@ class Run:
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
-    """A value an iteration of each term: "detection", and "feat" and "cls" if distilled."""
+    """A value an iteration of each term: "detection", and those of the teaching, "feat", "cls", "box"."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Iterations done and the AP then on the first `GLIMPSE` validation pictures."""
     step_seconds: list[float] = field(default_factory=list)
     pull: dict[str, list[float]] = field(default_factory=dict)
     """Sums over the iterations, a number a level: the norm of the gradient at the features or the
     logits, of the term ("feat", "cls") and of the rest of the loss ("feat rest", "cls rest"). """
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    """A value an iteration of each term whose share is held: its weight after it."""
 
     @property
     def step_ms(self) -> float:
@@ -82,7 +94,7 @@ class Run:
 
 
 class TeacherOutputs:
-    """A teacher's features and logits on the training pictures.
+    """A teacher's outputs on the training pictures.
 
     They are kept in half precision if they take no more than `limit_gb`, and else computed anew
     for every batch. `kind` is one of `TEACHERS`.
@@ -100,30 +112,29 @@ class TeacherOutputs:
         options = TEACHERS[kind]
         if options is not None:
             self.teacher = fast_teacher(self.teacher, lambda model: model(channels_last(pictures[:1])), **options)
-        self.cached: tuple[list[Tensor], list[Tensor]] | None = None
+        self.cached: Outputs | None = None
         values = sum(level[0].numel() for group in self._compute(pictures[:1]) for level in group)
         if 2 * values * len(pictures) <= limit_gb * 1e9:
             parts = []
             for start in range(0, len(pictures), 50):
                 parts.append(self._compute(pictures[start : start + 50]))
                 advance(min(start + 50, len(pictures)))
-            features, logits = zip(*parts, strict=True)
-            self.cached = _join(features), _join(logits)
+            self.cached = Outputs(*map(_join, zip(*parts, strict=True)))
         else:
             advance(len(pictures))
 
     @torch.no_grad()
-    def _compute(self, pictures: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _compute(self, pictures: Tensor) -> Outputs:
         outputs = self.teacher(channels_last(pictures))
-        return [f.half() for f in outputs.features], [z.half() for z in outputs.logits]
+        return Outputs(*([level.half() for level in group] for group in outputs))
 
-    def batch(self, rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Features (N, C, H, W) and logits (N, K, H, W) a level in single precision."""
+    def batch(self, rows: Tensor) -> Outputs:
+        """Those on the pictures of `rows`, in single precision."""
         if self.cached is None:
-            features, logits = self._compute(self.pictures[rows])
+            found = self._compute(self.pictures[rows])
         else:
-            features, logits = ([level[rows] for level in group] for group in self.cached)
-        return [f.float() for f in features], [z.float() for z in logits]
+            found = Outputs(*([level[rows] for level in group] for group in self.cached))
+        return Outputs(*([level.float() for level in group] for group in found))
 
 
 @torch.no_grad()
@@ -161,46 +172,62 @@ def predict(model: Detector, pictures: Tensor) -> list[Detections]:
 
 
 class Teaching(nn.Module):
-    """One way to teach one student: the terms of `fsr_loss`, and what they pull with."""
+    """One way to teach one student: its terms, and what they pull with."""
 
     def __init__(self, how: Distillation, teacher: TeacherOutputs, channels: int, device: torch.device) -> None:
         super().__init__()
         self.how, self.teacher = how, teacher
         self.adapter: nn.Module | None = None
         if how.feat_weight:
-            theirs = [level.shape[1] for level in teacher.batch(torch.tensor([0]))[0]]
+            theirs = [level.shape[1] for level in teacher.batch(torch.tensor([0])).features]
             self.adapter = frs_kernels.FeatureAdapter(channels, theirs[0], len(theirs), how.adapter_kernel).to(device)
         self.shares = nn.ModuleDict()
         if how.share is not None or how.measure:
-            weights = {"feat": how.feat_weight, "cls": how.cls_weight}
-            self.shares.update({name: GradientShare(how.share, w).to(device) for name, w in weights.items() if w})
+            self.shares.update({name: GradientShare(how.share, w).to(device) for name, w in how.weights.items()})
 
-    def forward(self, outputs: Outputs, data: Split, rows: Tensor, ramp: float) -> frs_kernels.FSRTerms:
-        """The terms of a batch; their `loss` is to be added to the detector's own."""
+    def forward(self, outputs: Outputs, data: Split, rows: Tensor, ramp: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is to be added to the detector's own loss, and the terms in it, without their weights."""
         how = self.how
-        features, logits = self.teacher.batch(rows)
+        taught = self.teacher.batch(rows)
         watched = {
             name: self._share(name).watch(levels) if name in self.shares else levels
-            for name, levels in (("feat", outputs.features), ("cls", outputs.logits))
+            for name, levels in zip(("feat", "cls", "box"), outputs, strict=True)
         }
-        weights = {"feat_weight": ramp * how.feat_weight, "cls_weight": ramp * how.cls_weight}
+        weights = {name: 1.0 if how.share is not None else ramp * weight for name, weight in how.weights.items()}
+        mask = self._mask(taught.logits, data, rows)
+        terms, losses = {}, []
+        if how.feat_weight or how.cls_weight:
+            fsr = frs_kernels.fsr_loss(
+                self.adapter(watched["feat"]) if self.adapter else None,
+                taught.features if self.adapter else None,
+                watched["cls"] if how.cls_weight else None,
+                taught.logits,
+                feat_weight=weights.get("feat", 0.0),
+                cls_weight=weights.get("cls", 0.0),
+                feat_loss=how.feat_loss,
+                cls_loss=how.cls_loss,
+                mask=mask,
+                backend=how.backend,
+                normalizer=how.normalizer,
+                return_terms=True,
+            )
+            terms |= {name: getattr(fsr, name) for name in ("feat", "cls") if name in weights}
+            losses.append(fsr.loss)
+        if how.box_weight:
+            boxes = frs_kernels.localization_distillation(
+                watched["box"],
+                taught.distances,
+                masks.richness(taught.logits) if mask is None else mask,
+                weight=weights["box"],
+                backend=how.backend,
+                normalizer=how.normalizer,
+                return_terms=True,
+            )
+            terms["box"] = boxes.value
+            losses.append(boxes.loss)
         if how.share is not None:
-            weights = {"feat_weight": 1.0, "cls_weight": 1.0}
-        terms = frs_kernels.fsr_loss(
-            self.adapter(watched["feat"]) if self.adapter else None,
-            features if self.adapter else None,
-            watched["cls"] if how.cls_weight else None,
-            logits,
-            mask=self._mask(logits, data, rows),
-            backend=how.backend,
-            normalizer=how.normalizer,
-            return_terms=True,
-            **weights,
-        )
-        if how.share is not None:
-            parts = [ramp * self._share(name).weight * getattr(terms, name) for name in self.shares]
-            terms = terms._replace(loss=torch.stack(parts).sum())
-        return terms
+            losses = [ramp * self._share(name).weight * terms[name] for name in self.shares]
+        return torch.stack(losses).sum(), terms
 
     def _mask(self, logits: list[Tensor], data: Split, rows: Tensor) -> list[Tensor] | None:
         if self.how.mask == "boxes":
@@ -213,14 +240,17 @@ class Teaching(nn.Module):
         assert isinstance(share, GradientShare)
         return share
 
-    def update(self, pull: dict[str, list[float]], ramp: float) -> None:
-        """After a backward pass: the weights of the next, and what the gradients were, added to `pull`."""
+    def update(self, run: Run, ramp: float) -> None:
+        """After a backward pass: the weights of the next; what the gradients were, added to `run`."""
         for name in self.shares:
             share = self._share(name)
             share.update(ramp)
             for key, norms in ((name, share.term), (f"{name} rest", share.own)):
                 if norms is not None:
-                    pull[key] = [a + b for a, b in zip(pull.get(key, [0.0] * len(norms)), norms.tolist(), strict=True)]
+                    before = run.pull.get(key, [0.0] * len(norms))
+                    run.pull[key] = [a + b for a, b in zip(before, norms.tolist(), strict=True)]
+            if self.how.share is not None:
+                run.weights.setdefault(name, []).append(share.weight.item())
 
 
 def train(
@@ -269,13 +299,13 @@ def train(
         terms = {"detection": loss}
         ramp = min(1.0, (iteration + 1) / how.ramp) if how else 0.0
         if teaching:
-            fsr = teaching(outputs, data, rows, ramp)
-            terms |= {"feat": fsr.feat, "cls": fsr.cls}
-            loss = loss + fsr.loss
+            taught, more = teaching(outputs, data, rows, ramp)
+            terms |= more
+            loss = loss + taught
         optimizer.zero_grad()
         loss.backward()
         if teaching:
-            teaching.update(run.pull, ramp)
+            teaching.update(run, ramp)
         nn.utils.clip_grad_norm_(whole.parameters(), 10.0)
         optimizer.step()
         for name, term in terms.items():
