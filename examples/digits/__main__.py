@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -16,7 +17,7 @@ from .coco import COCO_SIDES, DataError, Split, read_split
 from .detector import Detector, Size
 from .digits import DIGIT_SIDES, make_digits
 from .options import Arm, parse, sizes, student_arms, teacher_schedule
-from .progress import stage
+from .progress import Advance, stage
 from .timing import time_losses
 from .train import Distillation, Run, Schedule, TeacherOutputs, fingerprint, mask_difference, train
 
@@ -68,6 +69,7 @@ class Trainer:
         seed: int,
         how: Distillation | None = None,
         teacher: TeacherOutputs | None = None,
+        advance: Advance | None = None,
     ) -> tuple[Detector, Run]:
         key = fingerprint(
             {
@@ -81,7 +83,8 @@ class Trainer:
         )
         if name == "teacher":
             self.teacher_key = key
-        with stage(self.console, f"{label.strip()}, seed {seed}", schedule.iterations) as advance:
+        title = f"{label.strip()}, seed {seed}"
+        with nullcontext(advance) if advance else stage(self.console, title, schedule.iterations) as told:
             return train(
                 size,
                 self.splits,
@@ -92,7 +95,7 @@ class Trainer:
                 sides=self.sides,
                 how=how,
                 teacher=teacher,
-                advance=advance,
+                advance=told,
             )
 
 

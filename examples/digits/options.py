@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Arm:
         return "alone-long" if self.long else "alone"
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits",
         description="Distil a small detector of handwritten digits with frs_kernels.fsr_loss.",
@@ -77,6 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="add one-term, all-ones, other teachers', 1x1 adapters' and long trainings",
     )
     add("--quick", action="store_true", help="a tiny run that only shows that all parts work")
+    parser.set_defaults(**defaults or {})
     if parser.parse_args(argv).quick:
         parser.set_defaults(**QUICK)  # what the command line says still wins
     options = parser.parse_args(argv)

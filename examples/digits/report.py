@@ -56,7 +56,7 @@ def collect(
     for name, (arm, _) in students.items():
         if name != arm.baseline:
             arms[name]["gain_over"] = arm.baseline
-            arms[name]["gain"] = _gain(arms[name], arms[arm.baseline])
+            arms[name]["gain"] = gain(arms[name], arms[arm.baseline])
     return {
         "arms": arms,
         "loss_ms": loss_ms,
@@ -87,7 +87,7 @@ def describe(options: argparse.Namespace, splits: tuple[Split, Split], sides: tu
     }
 
 
-def _gain(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+def gain(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     """AP above the baseline's: of each seed, and their mean and spread."""
     seeds = {seed: row["AP"] - baseline["seeds"][seed]["AP"] for seed, row in arm["seeds"].items()}
     gains = list(seeds.values())
@@ -146,18 +146,18 @@ def table(results: dict[str, Any]) -> Table:
         made.add_column(column, justify="right", no_wrap=True)
     for arm in arms.values():
         mean, deviation = arm["mean"], arm["spread"]
-        cells = [_number(mean["AP"], deviation["AP"])]
-        cells += [_number(mean[name]) for name in METRICS[1:]]
+        cells = [number(mean["AP"], deviation["AP"])]
+        cells += [number(mean[name]) for name in METRICS[1:]]
         gain = arm.get("gain")
-        cells.append(_number(gain["mean"], gain["spread"], sign="+") if gain else "")
-        made.add_row(arm["label"], *cells, _number(mean["step_ms"]))
+        cells.append(number(gain["mean"], gain["spread"], sign="+") if gain else "")
+        made.add_row(arm["label"], *cells, number(mean["step_ms"]))
     made.add_section()
     for name, milliseconds in results["loss_ms"].items():
         made.add_row(f"loss alone: {name}", *[""] * (len(METRICS) + 1), f"{milliseconds:.2f}")
     return made
 
 
-def _number(mean: float | None, spread: float | None = None, sign: str = "") -> str:
+def number(mean: float | None, spread: float | None = None, sign: str = "") -> str:
     if mean is None:
         return ABSENT
     return f"{mean:{sign}.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
