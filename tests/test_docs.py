@@ -207,6 +207,12 @@ class TestGuide:
         assert names["inside"][0].sum() == 2 * 16
         names["loss"].backward()
 
+    def test_other_losses(self, names):
+        exec(code_after("## Masks", GUIDE).partition("inside")[0], names)
+        exec(code_after("## Other losses", GUIDE), names)
+        names["loss"].backward()
+        assert all(x.grad.any() for x in (*names["feats"], *names["logits"]))
+
     def test_choosing_weights(self, names, capsys):
         names |= {"student": Detector(6), "teacher": Detector(9)}
         exec(code_after("## Choosing weights", GUIDE), names)
