@@ -44,6 +44,8 @@ class Segment:
     want_grad: bool = False
     norms: int = 1  # of as many levels an entry's norm is the sum
     gaps: bool = False  # images or lines lie further apart than they are long: their strides are read
+    step: int = 0  # positions that are loaded at once, where a program walks over positions
+    per_image: bool = False  # of losses along rows: a row is a channel of an image, else a channel of all
 
 
 class Sizes(NamedTuple):
