@@ -29,15 +29,25 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import frs_kernels.triton.imitate as imitate_module
+import frs_kernels.triton.moments as moments_module
 import frs_kernels.triton.scale as scale_module
 import frs_kernels.triton.score as score_module
+from frs_kernels.levels import accumulate_dtype
 from frs_kernels.losses import LOSSES
+from frs_kernels.row_losses import ROW_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODULES = {
+    "score": score_module,
+    "imitate": imitate_module,
+    "scale": scale_module,
+    "moments": moments_module,
+    "moments_backward": moments_module,
+}
 # H * W of an image of 800 x 1344: 16,800 and 4,200 positions are a multiple of 8, the rest is not
 SIZES = ((8, 16), (8, 8), (4, 4), (3, 5), (1, 3))
 
@@ -50,7 +60,7 @@ class Case(NamedTuple):
     teacher: str
     layout: str
     channels: int
-    loss: str = ""  # of imitate; "mse+bce" is a step: features of 256 channels, and logits
+    loss: str = ""  # of imitate, and along rows; "mse+bce" is a step: features of 256 channels, and logits
     mode: str = ""  # of imitate: "loss", "loss+grad" or "grad"
     levels: int = 5
     temperature: float = 1.0
@@ -182,6 +192,14 @@ def call(case: Case) -> None:
         score_module.score(student)
     elif case.kernel == "scale":
         scale_module.scale_(student + teacher, torch.ones(()))
+    elif case.kernel == "moments":
+        scale = [1.0] * case.levels
+        moments_module.moments(student, teacher, case.loss, scale, 1.0, None, case.temperature, 0.0)
+    elif case.kernel == "moments_backward":
+        rows = torch.zeros(
+            sum(map(ROW_LOSSES[case.loss].count, student)), 5, dtype=accumulate_dtype(*student, *teacher)
+        )
+        moments_module.moments_backward(student, teacher, rows, case.loss, 1.0, torch.ones(()), case.temperature)
     else:
         scores = torch.zeros(
             sum(x[:, 0].numel() for x in student[: case.levels]), dtype=torch.float64 if "fp64" in case else None
@@ -198,7 +216,7 @@ def call(case: Case) -> None:
 
 def record(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The kernel and the arguments that the launcher of this case launches it with."""
-    module = {"score": score_module, "imitate": imitate_module, "scale": scale_module}[case.kernel]
+    module = MODULES[case.kernel]
     name = f"{case.kernel}_kernel"
     kernel = getattr(module, name)
     recorder = Recorder(kernel)
@@ -248,7 +266,7 @@ def instructions_a_value(case: Case, sass: str) -> float | None:
     It is where an aligned level spends its time. The loop over the slots loads 8 bytes at once.
     """
     bytes_a_value = DTYPES[case.student].itemsize
-    bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel == "imitate" else 0
+    bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel != "score" else 0
     code = [(int(at, 16), words) for at, words in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
     counts = []
     for end, words in code:

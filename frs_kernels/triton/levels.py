@@ -169,11 +169,11 @@ def wide_index(
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, strides, many entries.
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, pkd, strides, many entries.
 
     Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
     """
-    heavy = any(s.double or s.layout == "strided" or s.loss == "kl" for s in segments)
+    heavy = any(s.double or s.layout == "strided" or s.loss in ("kl", "pkd") for s in segments)
     return 128 if heavy or segments[-1].last > 16 else 96
 
 

@@ -21,6 +21,8 @@ from frs_kernels.triton.pointwise import exp_of_minus, rounded_product
 
 # Numbers of a part and channel: two pivots, then the sums. cwd has three of those.
 STORED = tl.constexpr(7)
+# Parts and channels that 128 threads add up at once: with twice as many pkd's registers are spilled.
+AT_ONCE = tl.constexpr(256)
 
 
 @triton.jit
@@ -49,10 +51,10 @@ def moved(product, d, e, count, by_s, by_t):
 
 
 @triton.jit
-def pkd_sums(slots, parts, apart, tiles, hw, SEGMENT: tl.constexpr, STRIDE: tl.constexpr):
-    """Pivots and sums of a block of rows; their parts are `apart` from each other, `tiles` an image."""
-    BLOCK_C: tl.constexpr = SEGMENT.block_c
-    PARTS: tl.constexpr = 512 // BLOCK_C
+def pkd_sums(slots, apart, each, count, BLOCK_C: tl.constexpr, STRIDE: tl.constexpr):
+    """Pivots and sums of `count` numbers, parts of `each` that lie `apart`; the last part may have fewer."""
+    PARTS: tl.constexpr = AT_ONCE // BLOCK_C
+    parts = tl.cdiv(count, each)
     slots += tl.arange(0, BLOCK_C)[None, :]
     pivot_s, pivot_t = load_stored(slots, 0, None, None, STRIDE), load_stored(slots, 1, None, None, STRIDE)
     zero = tl.zeros((PARTS, BLOCK_C), tl.float64)
@@ -60,16 +62,15 @@ def pkd_sums(slots, parts, apart, tiles, hw, SEGMENT: tl.constexpr, STRIDE: tl.c
     for i in range(0, parts, PARTS):
         part = (i + tl.arange(0, PARTS))[:, None]
         here, at = part < parts, slots + part.to(tl.int64) * apart
-        count = tl.minimum(hw - part % tiles * SEGMENT.block_p, SEGMENT.block_p)
-        count = tl.where(here, count, 0).to(tl.float64)
+        size = tl.where(here, tl.minimum(count - part.to(tl.int64) * each, each), 0).to(tl.float64)
         by_s = tl.where(here, load_stored(at, 0, here, 0.0, STRIDE) - pivot_s, 0.0)
         by_t = tl.where(here, load_stored(at, 1, here, 0.0, STRIDE) - pivot_t, 0.0)
         d, e = load_stored(at, 2, here, 0.0, STRIDE), load_stored(at, 3, here, 0.0, STRIDE)
-        dd_sum += moved(load_stored(at, 4, here, 0.0, STRIDE), d, d, count, by_s, by_s)
-        ee_sum += moved(load_stored(at, 5, here, 0.0, STRIDE), e, e, count, by_t, by_t)
-        de_sum += moved(load_stored(at, 6, here, 0.0, STRIDE), d, e, count, by_s, by_t)
-        d_sum += tl.fma(count, by_s, d)
-        e_sum += tl.fma(count, by_t, e)
+        dd_sum += moved(load_stored(at, 4, here, 0.0, STRIDE), d, d, size, by_s, by_s)
+        ee_sum += moved(load_stored(at, 5, here, 0.0, STRIDE), e, e, size, by_t, by_t)
+        de_sum += moved(load_stored(at, 6, here, 0.0, STRIDE), d, e, size, by_s, by_t)
+        d_sum += tl.fma(size, by_s, d)
+        e_sum += tl.fma(size, by_t, e)
     sums = (tl.sum(d_sum, 0), tl.sum(e_sum, 0), tl.sum(dd_sum, 0), tl.sum(ee_sum, 0), tl.sum(de_sum, 0))
     return tl.sum(pivot_s, 0), tl.sum(pivot_t, 0), sums
 
@@ -81,10 +82,9 @@ def weight_of(most, of_row, tau):
 
 
 @triton.jit
-def cwd_sums(slots, parts, apart, tau, SEGMENT: tl.constexpr, STRIDE: tl.constexpr):
-    """Maxima and sums of a block of rows, whose parts are `apart` from each other."""
-    BLOCK_C: tl.constexpr = SEGMENT.block_c
-    PARTS: tl.constexpr = 512 // BLOCK_C
+def cwd_sums(slots, apart, parts, tau, BLOCK_C: tl.constexpr, STRIDE: tl.constexpr):
+    """Maxima and sums of rows whose parts lie `apart`."""
+    PARTS: tl.constexpr = AT_ONCE // BLOCK_C
     NOTHING: tl.constexpr = float("-inf")
     slots += tl.arange(0, BLOCK_C)[None, :]
     zero = tl.zeros((PARTS, BLOCK_C), tl.float64)
