@@ -162,6 +162,14 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("imitate", dtype, dtype, "rows", 80, "mse+bce", "loss+grad")
     for student, teacher in itertools.permutations(DTYPES, 2):
         yield Case("imitate", student, teacher, "nchw", 80, "mse+bce", "loss+grad")
+    for verb, loss in itertools.product(("moments", "moments_backward"), ROW_LOSSES):
+        for dtype, (layout, channels) in itertools.product(DTYPES, (("nchw", 256), ("nhwc", 256), ("strided", 80))):
+            yield Case(verb, dtype, dtype, layout, channels, loss)
+        for layout, channels in (("nchw", 3), ("nhwc", 3), ("misaligned", 256), ("rows", 80)):
+            yield Case(verb, "bf16", "bf16", layout, channels, loss)
+        for student, teacher in (("bf16", "fp32"), ("fp32", "bf16")):
+            yield Case(verb, student, teacher, "nchw", 80, loss)
+        yield Case(verb, "bf16", "bf16", "nchw", 256, loss, levels=17)
     for levels in (1, 3, 8):
         yield Case("score", "bf16", "bf16", "nchw", 256, levels=levels)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse+bce", "loss+grad", levels=levels)
@@ -251,7 +259,7 @@ def read(case: Case, architecture: int, cubin: bytes) -> Report:
         file.write(cubin)
         file.flush()
         text = run(TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name)
-    loads = re.findall(r"\bLDG\S*", text)
+    loads = tensor_loads(text)
     wide = sum(".128" in load for load in loads)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", text)[0]) for key in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
@@ -260,10 +268,15 @@ def read(case: Case, architecture: int, cubin: bytes) -> Report:
     )
 
 
+def tensor_loads(sass: str) -> list[str]:
+    """The global loads but those of 16 bytes of slots, which go past L1."""
+    return [load for load in re.findall(r"\bLDG\S*", sass) if not (".128" in load and "STRONG" in load)]
+
+
 def instructions_a_value(case: Case, sass: str) -> float | None:
     """Instructions in the innermost loop of 16-byte loads, for each of the values that a thread loads in one round.
 
-    It is where an aligned level spends its time. The loop over the slots loads 8 bytes at once.
+    It is where an aligned level spends its time. moments walks twice over a tile for cwd: the maxima, then the sums.
     """
     bytes_a_value = DTYPES[case.student].itemsize
     bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel != "score" else 0
@@ -274,10 +287,11 @@ def instructions_a_value(case: Case, sass: str) -> float | None:
         if jump is None or int(jump[1], 16) >= end:
             continue
         body = [other for at, other in code if int(jump[1], 16) <= at <= end]
-        loads = re.findall(r"\bLDG\S*", " ".join(body))
+        loads = tensor_loads(" ".join(body))
         if loads and all(".128" in load for load in loads) and case.kernel != "scale":
             counts.append(len(body) / (16 * len(loads) / bytes_a_value))
-    return counts[0] if len(counts) == 1 else None
+    walks = 2 if (case.kernel, case.loss) == ("moments", "cwd") else 1
+    return sum(counts) if len(counts) == walks else None
 
 
 def run(*command: object) -> str:

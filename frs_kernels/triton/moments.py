@@ -24,6 +24,7 @@ from frs_kernels.row_losses import NUMBERS, ROW_LOSSES
 from frs_kernels.triton import levels as lv
 from frs_kernels.triton.checks import check_moments, check_moments_backward
 from frs_kernels.triton.levels import is_in, number_of, pick, size_of
+from frs_kernels.triton.pointwise import COMPILED
 from frs_kernels.triton.row_losses import STORED, add_step, cwd_numbers, cwd_sums, pkd_numbers, pkd_sums, slope_of
 from frs_kernels.triton.row_tiles import (
     address,
@@ -37,12 +38,13 @@ from frs_kernels.triton.row_tiles import (
     tile_of,
     upstream_of,
 )
+from frs_kernels.triton.score import larger
 from frs_kernels.triton.slots import comes_last, sum_entry
 
 
 @triton.jit
 def store_sums(
-    student, teacher, slots_ptr, tile, inverse_tau,
+    student, teacher, slots_ptr, tile, rate,
     SEGMENT: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Store the pivots and sums of a tile. The next positions are on their way while those before are added up."""
@@ -55,15 +57,18 @@ def store_sums(
     entry, _, _, p_first, p_last, _, _, _ = tile
     x_ptr, z_ptr = pick(student.pointers, entry, SEGMENT), pick(teacher.pointers, entry, SEGMENT)
     if LOSS == "cwd":
-        most_x, most_z = tl.full((BLOCK_C, STEP), NOTHING, ACC), tl.full((BLOCK_C, STEP), NOTHING, ACC)
+        # In the interpreter's numbers, or in the tensors' own: one instruction for two of 16 bits.
+        OF_X: tl.constexpr = x_ptr.dtype.element_ty if COMPILED else ACC
+        OF_Z: tl.constexpr = z_ptr.dtype.element_ty if COMPILED else ACC
+        most_x, most_z = tl.full((BLOCK_C, STEP), NOTHING, OF_X), tl.full((BLOCK_C, STEP), NOTHING, OF_Z)
         x, z, _ = load_step(x_ptr, z_ptr, student, teacher, tile, p_first, NOTHING, SEGMENT, ALIGNED, STEP)
         for p0 in range(p_first, p_last, STEP):
             next_x, next_z, _ = load_step(
                 x_ptr, z_ptr, student, teacher, tile, p0 + STEP, NOTHING, SEGMENT, ALIGNED, STEP
             )
-            most_x, most_z = tl.maximum(most_x, x.to(ACC)), tl.maximum(most_z, z.to(ACC))
+            most_x, most_z = larger(most_x, x.to(OF_X)), larger(most_z, z.to(OF_Z))
             x, z = next_x, next_z
-        pivot_x, pivot_z = tl.max(most_x, 1, keep_dims=True), tl.max(most_z, 1, keep_dims=True)
+        pivot_x, pivot_z = tl.max(most_x.to(ACC), 1, keep_dims=True), tl.max(most_z.to(ACC), 1, keep_dims=True)
     else:
         pivot_x, pivot_z, _ = load_step(x_ptr, z_ptr, student, teacher, tile, p_first, NOTHING, SEGMENT, False, 1)
         pivot_x, pivot_z = pivot_x.to(ACC), pivot_z.to(ACC)
@@ -74,7 +79,7 @@ def store_sums(
         next_x, next_z, following = load_step(
             x_ptr, z_ptr, student, teacher, tile, p0 + STEP, NOTHING, SEGMENT, ALIGNED, STEP
         )
-        sums = add_step(sums, x.to(ACC), z.to(ACC), mask, pivot_x, pivot_z, inverse_tau, LOSS)
+        sums = add_step(sums, x.to(ACC), z.to(ACC), mask, pivot_x, pivot_z, rate, LOSS)
         x, z, mask = next_x, next_z, following
     slots = slots_ptr + tl.arange(0, BLOCK_C)[:, None]
     tl.store(slots, pivot_x.to(tl.float64))
@@ -147,14 +152,14 @@ def moments_segment(
     NARROW: tl.constexpr = SEGMENT.step // 4
     place = place_of(program, sizes, SEGMENT)
     entry, n, tile, block, tiles, blocks, _, _, _ = place
-    inverse_tau = number_of(call.inverse_tau[0], call.inverse_tau[1]).to(rows_ptr.dtype.element_ty)
+    rate = number_of(call.rate[0], call.rate[1]).to(rows_ptr.dtype.element_ty)
     slots = slots_ptr + program.to(tl.int64) * (STORED * STRIDE)
     if is_aligned(place, SEGMENT):
         whole = tile_of(place, SEGMENT, True)
-        store_sums(student, teacher, slots, whole, inverse_tau, SEGMENT, True, SEGMENT.step, STRIDE)
+        store_sums(student, teacher, slots, whole, rate, SEGMENT, True, SEGMENT.step, STRIDE)
     else:
         any_tile = tile_of(place, SEGMENT, False)
-        store_sums(student, teacher, slots, any_tile, inverse_tau, SEGMENT, False, NARROW, STRIDE)
+        store_sums(student, teacher, slots, any_tile, rate, SEGMENT, False, NARROW, STRIDE)
     last = False
     group = size_of(pick(rows.groups, entry, SEGMENT)) + n * blocks + block
     if comes_last(counters_ptr + 1 + group, tiles):
@@ -199,7 +204,7 @@ def moments_kernel(
 
 @triton.jit
 def store_slopes(
-    student, teacher, grad, numbers_ptr, tile, inverse_tau, upstream,
+    student, teacher, grad, numbers_ptr, tile, rate, upstream,
     SEGMENT: tl.constexpr, ALIGNED: tl.constexpr, STEP: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a tile; `numbers_ptr` points to the numbers of its first channel."""
@@ -219,7 +224,7 @@ def store_slopes(
         next_x, next_z, following = load_step(
             x_ptr, z_ptr, student, teacher, tile, p0 + STEP, 0.0, SEGMENT, ALIGNED, STEP
         )
-        slope = slope_of(x.to(ACC), z.to(ACC), (s0, t0, a, b, constant), inverse_tau, LOSS)
+        slope = slope_of(x.to(ACC), z.to(ACC), (s0, t0, a, b, constant), rate, LOSS)
         to = address(grad_ptr, grad.strides, tile, p0, c, p, SEGMENT)
         tl.store(to, slope.to(grad_ptr.dtype.element_ty), mask=mask)
         x, z, mask = next_x, next_z, following
@@ -234,18 +239,18 @@ def slopes_segment(
     ACC: tl.constexpr = rows_ptr.dtype.element_ty
     NARROW: tl.constexpr = SEGMENT.step // 4
     place = place_of(program, sizes, SEGMENT)
-    inverse_tau = number_of(call.inverse_tau[0], call.inverse_tau[1]).to(ACC)
+    rate = number_of(call.rate[0], call.rate[1]).to(ACC)
     upstream = upstream_of(call, ACC)
     numbers = rows_ptr + row_of(place, rows, SEGMENT) * NUMBERS
     if is_aligned(place, SEGMENT):
         whole = tile_of(place, SEGMENT, True)
         store_slopes(
-            student, teacher, grad, numbers, whole, inverse_tau, upstream, SEGMENT, True, SEGMENT.step, NUMBERS
+            student, teacher, grad, numbers, whole, rate, upstream, SEGMENT, True, SEGMENT.step, NUMBERS
         )
     else:
         any_tile = tile_of(place, SEGMENT, False)
         store_slopes(
-            student, teacher, grad, numbers, any_tile, inverse_tau, upstream, SEGMENT, False, NARROW, NUMBERS
+            student, teacher, grad, numbers, any_tile, rate, upstream, SEGMENT, False, NARROW, NUMBERS
         )
 
 

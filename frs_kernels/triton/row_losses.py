@@ -3,8 +3,8 @@
     pkd   a row: a channel over N, H, W.       gradient = a (s - s0) - b (t - t0) + c
           sums of d = s - pivot, e = t - pivot', d^2, e^2 and d e, the pivots being numbers of the part
     cwd   a row: a channel of an image.        gradient = a exp((s - s0) / tau) - b exp((t - t0) / tau)
-          sums of exp((s - pivot) / tau), exp((t - pivot') / tau), and of the latter times (t - s) / tau, the pivots
-          being the part's maxima
+          sums of exp((s - pivot) / tau), exp((t - pivot') / tau), and of the latter times t - s, the pivots being the
+          part's maxima
 
 A thread's sums are fp32, about the pivots of its part. The rest is fp64, once a part and channel: pkd's value is what
 is left of sums that nearly cancel. It is about the pivots of the row's first part (pkd), or the row's maxima (cwd).
@@ -17,7 +17,7 @@ compiler could fuse in one way or another is spelt out.
 import triton
 import triton.language as tl
 
-from frs_kernels.triton.pointwise import exp_of_minus, rounded_product
+from frs_kernels.triton.pointwise import COMPILED, rounded_product
 
 # Numbers of a part and channel: two pivots, then the sums. cwd has three of those.
 STORED = tl.constexpr(7)
@@ -26,16 +26,24 @@ AT_ONCE = tl.constexpr(256)
 
 
 @triton.jit
-def add_step(sums, x, z, mask, pivot_x, pivot_z, inverse_tau, LOSS: tl.constexpr):
+def weight_below(distance, rate):
+    """exp(-distance / tau) with rate = log2(e) / tau, 0 below the normal numbers: two instructions."""
+    if COMPILED and distance.dtype == tl.float32:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [distance * -rate], tl.float32, True, 1)
+    else:
+        return tl.exp2(distance * -rate)
+
+
+@triton.jit
+def add_step(sums, x, z, mask, pivot_x, pivot_z, rate, LOSS: tl.constexpr):
     """The sums, with those of a step. What does not exist, read as 0 (pkd) or -inf (cwd), adds nothing."""
     tl.static_assert(LOSS == "pkd" or LOSS == "cwd", "a loss without its maths")
     if LOSS == "pkd":
         d, e = tl.where(mask, x - pivot_x, 0.0), tl.where(mask, z - pivot_z, 0.0)
         return sums[0] + d, sums[1] + e, tl.fma(d, d, sums[2]), tl.fma(e, e, sums[3]), tl.fma(d, e, sums[4])
     else:
-        p, q = exp_of_minus((pivot_x - x) * inverse_tau), exp_of_minus((pivot_z - z) * inverse_tau)
-        apart = tl.where(mask, (z - x) * inverse_tau, 0.0)
-        return sums[0] + p, sums[1] + q, tl.fma(q, apart, sums[2])
+        p, q = weight_below(pivot_x - x, rate), weight_below(pivot_z - z, rate)
+        return sums[0] + p, sums[1] + q, tl.fma(q, tl.where(mask, z - x, 0.0), sums[2])
 
 
 @triton.jit
@@ -144,16 +152,16 @@ def pkd_numbers(pivot_s, pivot_t, sums, count, share, eps, DTYPE: tl.constexpr):
 def cwd_numbers(most_s, most_t, sums, share, tau):
     """As `pkd_numbers`, of rows' maxima and the sums about them."""
     z_s, z_t, differences = sums
-    value = differences / z_t + (most_s - most_t) / tau + (tl.log(z_s) - tl.log(z_t))
+    value = (differences / z_t + (most_s - most_t)) / tau + (tl.log(z_s) - tl.log(z_t))
     return (most_s, most_t, share * tau / z_s, share * tau / z_t, tl.zeros_like(z_s)), value * (share * tau * tau)
 
 
 @triton.jit
-def slope_of(x, z, numbers, inverse_tau, LOSS: tl.constexpr):
+def slope_of(x, z, numbers, rate, LOSS: tl.constexpr):
     """The gradient; a, b and c have been multiplied by weight and factor."""
     tl.static_assert(LOSS == "pkd" or LOSS == "cwd", "a loss without its maths")
     s0, t0, a, b, c = numbers
     if LOSS == "pkd":
         return a * (x - s0) - (b * (z - t0) - c)
     else:
-        return a * exp_of_minus((s0 - x) * inverse_tau) - b * exp_of_minus((t0 - z) * inverse_tau)
+        return a * weight_below(s0 - x, rate) - b * weight_below(t0 - z, rate)

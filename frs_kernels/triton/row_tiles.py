@@ -7,6 +7,7 @@ one group (a row is a channel of an image), or one an image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Call(NamedTuple):
 
     weight: tuple[int, int]
     tau: tuple[int, int]
-    inverse_tau: tuple[int, int]
+    rate: tuple[int, int]  # log2(e) / tau
     eps: tuple[int, int]
     factor: Tensor | None
 
@@ -173,4 +174,4 @@ def rows_of(
 
 
 def call_of(weight: float, factor: Tensor | None, temperature: float, eps: float = 0.0) -> Call:
-    return Call(*map(lv.halves, (weight, temperature, 1 / temperature, eps)), factor)
+    return Call(*map(lv.halves, (weight, temperature, math.log2(math.e) / temperature, eps)), factor)
