@@ -82,6 +82,14 @@ BUDGETS = {
     Case("score", "fp32", "fp32", "nchw", 720): 3.5,
     Case("score", "bf16", "bf16", "nchw", 720): 3.5,
     Case("score", "fp16", "fp16", "nchw", 720): 3.5,
+    Case("moments", "fp32", "fp32", "nchw", 256, "pkd"): 18,
+    Case("moments", "bf16", "bf16", "nchw", 256, "pkd"): 18,
+    Case("moments", "fp32", "fp32", "nchw", 256, "cwd"): 28,
+    Case("moments", "bf16", "bf16", "nchw", 256, "cwd"): 28,
+    Case("moments_backward", "fp32", "fp32", "nchw", 256, "pkd"): 14,
+    Case("moments_backward", "bf16", "bf16", "nchw", 256, "pkd"): 14,
+    Case("moments_backward", "fp32", "fp32", "nchw", 256, "cwd"): 18,
+    Case("moments_backward", "bf16", "bf16", "nchw", 256, "cwd"): 18,
 }
 
 
@@ -133,7 +141,7 @@ def cases(quick: bool) -> Iterator[Case]:
     What has a budget. In every dtype: a step, both terms in one launch, in every layout and tile; every loss with its
     gradient; mse and bce alone, and their gradient alone; the heaviest, kl, in every layout; a temperature; levels that
     do not begin on 16 bytes. Levels packed as rows of one tensor. A step of every other pair of dtypes, and of other
-    numbers of levels.
+    numbers of levels. The losses along rows in every dtype and layout.
     """
     if quick:
         yield Case("score", "fp32", "fp32", "nchw", 80)
@@ -310,10 +318,11 @@ aligned, or takes more instructions a value than its budget.
 
 ## Instructions a value
 
-Those of the loop that walks over the channels of a level whose rows are aligned, for each value that a thread loads in
-one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20 and 14 for mse (fp32, bf16)
+Those of the loop that walks over the channels (along rows: the positions) of a level whose lines are aligned, for each
+value that a thread loads in one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20 and 14 for mse (fp32, bf16)
 and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp), which takes 32 clocks of a
-warp for them: about as long as the rest takes to issue. On sm_100 two multiplications and additions are one
+warp for them: about as long as the rest takes to issue. Of cwd, moments walks twice over a tile, and both loops count;
+what it takes to add up a thread's sums with the others' does not: 5 sums for 32 values (nchw). On sm_100 two multiplications and additions are one
 instruction.
 
 | kernel, loss, mode, dtype, layout, channels, levels | sm_{architecture_names} | budget (sm_90) |
@@ -322,7 +331,7 @@ instruction.
 
 ## Registers and loads
 
-Loads are counted in the code: of 16 bytes, and narrower. The narrower serve levels whose rows are not aligned, the
+Loads are counted in the code: of 16 bytes, but not of slots, and narrower. The narrower serve levels whose rows are not aligned, the
 scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
 levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are slices of one
 tensor (N, P, C).

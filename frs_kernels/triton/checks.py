@@ -127,9 +127,7 @@ def check_factor(verb: str, factor: Tensor | None, device: torch.device) -> None
 
 
 def check_temperature(verb: str, temperature: float) -> None:
-    require(
-        0 < temperature < math.inf, f"{verb}: temperature must be positive and finite, got {temperature}"
-    )
+    require(0 < temperature < math.inf, f"{verb}: temperature must be positive and finite, got {temperature}")
 
 
 def check_aligned(

@@ -169,7 +169,8 @@ def wide_index(
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, pkd, strides, many entries.
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for the fp64, strided, kl and pkd
+    bodies, and many entries.
 
     Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
     """

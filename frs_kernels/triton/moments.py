@@ -103,8 +103,10 @@ def finish_group(
     slots, rows_ptr, blocks_ptr, counters_ptr, place, rows, call, SEGMENTS: tl.constexpr, INDEX: tl.constexpr,
     STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add up a group's slots, which begin at `slots`; where that finishes a block of rows, store it. True in the program
-    that comes last of all: every block of rows has its value."""
+    """Add up a group's slots, which begin at `slots`; where that finishes a block of rows, store it.
+
+    True in the program that comes last of all: every block of rows has its value.
+    """
     SEGMENT: tl.constexpr = SEGMENTS[INDEX]
     LAST: tl.constexpr = SEGMENTS[len(SEGMENTS) - 1].last
     LOSS: tl.constexpr = SEGMENT.loss
@@ -244,14 +246,10 @@ def slopes_segment(
     numbers = rows_ptr + row_of(place, rows, SEGMENT) * NUMBERS
     if is_aligned(place, SEGMENT):
         whole = tile_of(place, SEGMENT, True)
-        store_slopes(
-            student, teacher, grad, numbers, whole, rate, upstream, SEGMENT, True, SEGMENT.step, NUMBERS
-        )
+        store_slopes(student, teacher, grad, numbers, whole, rate, upstream, SEGMENT, True, SEGMENT.step, NUMBERS)
     else:
         any_tile = tile_of(place, SEGMENT, False)
-        store_slopes(
-            student, teacher, grad, numbers, any_tile, rate, upstream, SEGMENT, False, NARROW, NUMBERS
-        )
+        store_slopes(student, teacher, grad, numbers, any_tile, rate, upstream, SEGMENT, False, NARROW, NUMBERS)
 
 
 @triton.jit

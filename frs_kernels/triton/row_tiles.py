@@ -174,4 +174,5 @@ def rows_of(
 
 
 def call_of(weight: float, factor: Tensor | None, temperature: float, eps: float = 0.0) -> Call:
-    return Call(*map(lv.halves, (weight, temperature, math.log2(math.e) / temperature, eps)), factor)
+    rate = math.log2(math.e) / temperature
+    return Call(lv.halves(weight), lv.halves(temperature), lv.halves(rate), lv.halves(eps), factor)
