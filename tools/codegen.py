@@ -319,11 +319,11 @@ aligned, or takes more instructions a value than its budget.
 ## Instructions a value
 
 Those of the loop that walks over the channels (along rows: the positions) of a level whose lines are aligned, for each
-value that a thread loads in one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20 and 14 for mse (fp32, bf16)
-and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp), which takes 32 clocks of a
-warp for them: about as long as the rest takes to issue. Of cwd, moments walks twice over a tile, and both loops count;
-what it takes to add up a thread's sums with the others' does not: 5 sums for 32 values (nchw). On sm_100 two multiplications and additions are one
-instruction.
+value that a thread loads in one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20
+and 14 for mse (fp32, bf16) and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp),
+which takes 32 clocks of a warp for them: about as long as the rest takes to issue. moments walks twice over a tile of
+cwd, and both loops count; not so what follows once a tile, five sums over 32 values of a thread each (nchw). On sm_100
+two multiplications and additions are one instruction.
 
 | kernel, loss, mode, dtype, layout, channels, levels | sm_{architecture_names} | budget (sm_90) |
 |---|---|---|
@@ -331,10 +331,10 @@ instruction.
 
 ## Registers and loads
 
-Loads are counted in the code: of 16 bytes, but not of slots, and narrower. The narrower serve levels whose rows are not aligned, the
-scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
-levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are slices of one
-tensor (N, P, C).
+Loads are counted in the code: of 16 bytes, slots left out, and narrower. The narrower serve levels whose rows are not
+aligned, the scores or the numbers of rows, and the sums over slots; on an aligned level only the last ones run. C = 3 in
+nhwc, the strided layout and levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are
+slices of one tensor (N, P, C).
 
 | kernel, loss, mode, dtype, layout, channels, levels | registers sm_{architecture_names} | 16-byte loads | narrower |
 |---|---|---|---|
