@@ -332,7 +332,7 @@ two multiplications and additions are one instruction.
 ## Registers and loads
 
 Loads are counted in the code: of 16 bytes, slots left out, and narrower. The narrower serve levels whose rows are not
-aligned, the scores or the numbers of rows, and the sums over slots; on an aligned level only the last ones run. C = 3 in
+aligned, the scores or the numbers of rows, and sums over slots; on an aligned level only the last ones run. C = 3 in
 nhwc, the strided layout and levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are
 slices of one tensor (N, P, C).
 
