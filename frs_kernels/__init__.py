@@ -3,7 +3,8 @@
 from frs_kernels import backends
 from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
-from frs_kernels.functional import fsr_loss, masked_imitation_loss, quality_focal_distillation, richness_mask
+from frs_kernels.functional import fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels.heads import localization_distillation, quality_focal_distillation
 from frs_kernels.modules import FeatureAdapter, FSRLoss
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms, ImitationTerms, Richness
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "frs_loss",
     "fsr_loss",
+    "localization_distillation",
     "masked_imitation_loss",
     "masks",
     "quality_focal_distillation",
