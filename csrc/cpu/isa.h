@@ -7,14 +7,16 @@
 
 // score_tile      writes the scores of a tile; their sum
 // imitate_tile    writes the gradients of a tile, where they are wanted; the sum of share * value
+// softmax_tile    the same of a loss of groups, given the softmax_scratch that tiles.h says
 // scale_run       multiplies the values [begin, end) of a run
 // number          a number of any dtype
-#define FRS_KERNELS(ISA)                                                 \
-  namespace frs::ISA {                                                   \
-  double score_tile(const Score&, const Tile&);                          \
-  double imitate_tile(const Imitate&, const Tile&, double upstream);     \
-  void scale_run(const Run&, int64_t begin, int64_t end, double factor); \
-  double number(const void* data, DType);                                \
+#define FRS_KERNELS(ISA)                                                            \
+  namespace frs::ISA {                                                              \
+  double score_tile(const Score&, const Tile&);                                     \
+  double imitate_tile(const Imitate&, const Tile&, double upstream);                \
+  double softmax_tile(const Imitate&, const Tile&, double upstream, void* scratch); \
+  void scale_run(const Run&, int64_t begin, int64_t end, double factor);            \
+  double number(const void* data, DType);                                           \
   }
 
 FRS_KERNELS(baseline)

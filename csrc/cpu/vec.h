@@ -112,6 +112,13 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
 #endif
   }
 
+  // The exponent's, and that of what is left, in [1, 2).
+  static FRS_INLINE V log(V a) {
+    const I bits = (I)a, exponent = (bits >> 23) - 127;
+    const V rest = (V)((bits & 0x7fffff) | 0x3f800000);
+    return __builtin_convertvector(exponent, V) * 0.693147181f + log1p(rest - 1.0f);
+  }
+
   static FRS_INLINE V power(V a, float s) { return FRS_ISA::power_by_lanes(a, s); }
 };
 
