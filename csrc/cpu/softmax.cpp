@@ -9,7 +9,7 @@
 // within a vector, is brought into such a form, COLUMN positions at a time.
 #include "../softmax.h"
 #include "isa.h"
-#include "rows.h"
+#include "panels.h"
 #include "shares.h"
 
 namespace frs::FRS_ISA {
@@ -102,60 +102,6 @@ double imitate_group(const Group<T, S>& g) {
   return L::sum(sums);
 }
 
-// Some channels and positions of a tile.
-struct Part {
-  const Tile* tile;
-  int64_t c0, channels, p0, positions;
-};
-
-// Call f(at, step, c, p, count) for each part whose numbers lie `step` apart in memory, from element `at`: channels of
-// position p from c on where the level is interleaved, else positions of channel c from p on.
-template <class F>
-FRS_INLINE void each_line(const View& v, const Part& part, const F& f) {
-  const int64_t c_end = part.c0 + part.channels, p_end = part.p0 + part.positions;
-  if (part.tile->level->interleaved) {
-    each_span(v, Row{part.tile, part.c0, c_end, part.p0, p_end},
-              [&](int64_t at, int64_t step, int64_t to, int64_t count) { f(at, step, 0, to / count, count); });
-  } else {
-    for (int64_t c = part.c0; c < c_end; ++c)
-      each_span(v, Row{part.tile, c, c + 1, part.p0, p_end},
-                [&](int64_t at, int64_t step, int64_t to, int64_t count) { f(at, step, c - part.c0, to, count); });
-  }
-}
-
-// Into a panel of COLUMN positions; those behind the last are 0. `line` has room for the channels of one.
-template <class S>
-void gather(const View& v, const Part& part, S* panel, S* line) {
-  const bool interleaved = part.tile->level->interleaved;
-  if (part.positions < COLUMN) memset(panel, 0, part.channels * COLUMN * sizeof(S));
-  each_line(v, part, [&](int64_t at, int64_t step, int64_t c, int64_t p, int64_t count) {
-    const char* from = address(v, at);
-    S* to = interleaved ? line : panel + c * COLUMN + p;
-    if (step == 1)
-      widen_run(to, from, v.dtype, count);
-    else
-      for (int64_t i = 0; i < count; ++i) to[i] = item<S>(from, v.dtype, i * step);
-    if (interleaved)
-      for (int64_t i = 0; i < count; ++i) panel[i * COLUMN + p] = line[i];
-  });
-}
-
-// And back.
-template <class S>
-void scatter(const View& v, const Part& part, const S* panel, S* line) {
-  const bool interleaved = part.tile->level->interleaved;
-  each_line(v, part, [&](int64_t at, int64_t step, int64_t c, int64_t p, int64_t count) {
-    char* to = const_cast<char*>(address(v, at));
-    const S* from = interleaved ? line : panel + c * COLUMN + p;
-    if (interleaved)
-      for (int64_t i = 0; i < count; ++i) line[i] = panel[i * COLUMN + p];
-    if (step == 1)
-      narrow_run(to, v.dtype, from, count);
-    else
-      for (int64_t i = 0; i < count; ++i) put(to, v.dtype, i * step, from[i]);
-  });
-}
-
 // A panel is the tensor's own memory where a channel's positions are a run, and end with a vector.
 template <class S>
 bool is_direct(const View& v, const Level& level, int64_t positions) {
@@ -218,6 +164,7 @@ double softmax_tile(const Imitate& call, const Tile& tile, double upstream, void
 double softmax_tile(const Imitate& call, const Tile& tile, double upstream, void* scratch) {
   if (call.dtype == DType::f64) return softmax_tile<double, double>(call, tile, upstream, scratch);
   const DType student = tile.level->student.dtype, teacher = tile.level->teacher.dtype;
+  if (tile.level->interleaved) return softmax_tile<float, float>(call, tile, upstream, scratch);
   if (student == DType::bf16 && teacher == student) return softmax_tile<float, Bf16>(call, tile, upstream, scratch);
   if (student == DType::f16 && teacher == student) return softmax_tile<float, F16>(call, tile, upstream, scratch);
   return softmax_tile<float, float>(call, tile, upstream, scratch);

@@ -205,6 +205,16 @@ FRS_INLINE F32 swap_lanes(F32 v) {
   return __builtin_shuffle(v, from);
 #endif
 }
+// A lane for each of `from`, which counts through a's lanes and then b's.
+FRS_INLINE F32 both_lanes(F32 a, F32 b, I32 from) {
+#if defined(__clang__)
+  F32 picked = a;
+  for (int lane = 0; lane < WIDTH; ++lane) picked[lane] = from[lane] < WIDTH ? a[from[lane]] : b[from[lane] - WIDTH];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
 // f over all lanes: halves meet, then quarters, and so on.
 template <int APART = WIDTH / 2, class F>
 FRS_INLINE float across_lanes(F32 v, const F& f) {
