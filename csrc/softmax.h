@@ -34,13 +34,13 @@ FRS_INLINE double excess<double>(double t) {
 // same numbers ratio is 1 and shift 0, so that value and slope are 0, also where a product is fused with what follows.
 template <class V>
 struct Softmax {
-  V ratio, shift, inverse;
+  V ratio, shift;
 
   template <class S>
-  FRS_INLINE Softmax(V m_x, V m_z, V z_x, V z_z, S inverse_temperature)
-      : ratio(z_x / z_z),
-        shift((m_x - m_z) * inverse_temperature + (Primitives<V>::log(z_x) - Primitives<V>::log(z_z))),
-        inverse(1.0f / z_x) {}
+  static FRS_INLINE Softmax of(V m_x, V m_z, V z_x, V z_z, S inverse_temperature) {
+    const V logs = Primitives<V>::log(z_x) - Primitives<V>::log(z_z);
+    return {z_x / z_z, (m_x - m_z) * inverse_temperature + logs};
+  }
 
   // Value and slope times Z_x, of logits that differ by d = (x - z) / tau.
   FRS_INLINE Pointwise<V> at(V e_x, V e_z, V d) const {

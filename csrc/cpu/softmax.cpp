@@ -81,8 +81,8 @@ double imitate_group(const Group<T, S>& g) {
       memcpy(g.e_x + c * L::COUNT, &a, sizeof(V)), memcpy(g.e_z + c * L::COUNT, &b, sizeof(V));
       z_x = z_x + a, z_z = z_z + b;
     }
-    const Softmax<V> softmax(m_x, m_z, z_x, z_z, g.inverse_temperature);
-    const V coefficient = L::numbers(g.coefficient + p) * softmax.inverse;
+    const auto softmax = Softmax<V>::of(m_x, m_z, z_x, z_z, g.inverse_temperature);
+    const V inverse = 1.0f / z_x, coefficient = L::numbers(g.coefficient + p) * inverse;
     V sum = {};
     for (int64_t c = 0; c < g.channels; ++c) {
       V a, b;
@@ -97,7 +97,7 @@ double imitate_group(const Group<T, S>& g) {
       else
         L::put(grad, coefficient * slope);
     }
-    if (WANT_LOSS) sums = sums + L::numbers(g.share + p) * softmax.inverse * sum;
+    if (WANT_LOSS) sums = sums + L::numbers(g.share + p) * inverse * sum;
   }
   return L::sum(sums);
 }
