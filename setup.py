@@ -187,7 +187,9 @@ def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
         codes = f"[sm_{target},compute_{target}]" if target == portable else f"sm_{target}"
         command += ["-gencode", f"arch=compute_{target},code={codes}"]
     compiler = f"nvcc {nvcc.version}, {cxx.version}"
-    objects = [Object(f"cuda.{name}", CSRC / "cuda" / f"{name}.cu", command, compiler) for name in (*KERNELS, "distill")]
+    objects = [
+        Object(f"cuda.{name}", CSRC / "cuda" / f"{name}.cu", command, compiler) for name in (*KERNELS, "distill")
+    ]
     objects.append(glue("cuda", torch, cxx, "ops.cpp", "-DUSE_CUDA"))
     # A torch without CUDA has no libtorch_cuda to link with, and only the name is needed: an empty library has it.
     stub = make("libtorch_cuda.so", [*cxx.command, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull])

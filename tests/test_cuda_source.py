@@ -214,7 +214,9 @@ def test_a_planted_fault_is_found(fault, cache, has_sanitizer, tmp_path):
     faulty = fault.of or USED_BY.get(fault.file, fault.file.removesuffix(".cu"))
     # First: of an inline function that several objects have, the linker keeps the first one's.
     objects = [compile_object(csrc / "cuda" / f"{faulty}.cu", csrc, fault.finder, tmp_path)]
-    objects += [compile_object(CSRC / "cuda" / f"{name}.cu", CSRC, fault.finder, cache) for name in KERNELS if name != faulty]
+    objects += [
+        compile_object(CSRC / "cuda" / f"{name}.cu", CSRC, fault.finder, cache) for name in KERNELS if name != faulty
+    ]
     objects.append(compile_object(NATIVE / "driver.cpp", CSRC, fault.finder, cache))
     driver = link(objects, fault.finder, tmp_path / "driver")
     # Without a barrier threads may also wait for ever before the race is seen; that has been seen once.

@@ -137,7 +137,12 @@ def test_dtypes_and_layouts_mix(rng, backend, device, dtype, teacher):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_levels_of_several_tiles(rng, backend, device, layout, dtype):
     """Against PyTorch, in fp64: positions that fill columns of vectors, and some more; several groups a tile."""
-    for group, channels, size in ((17, 68, (2, 24, 32)), (3, 12, (1, 33, 21)), (80, 80, (1, 16, 20)), (0, 300, (1, 9, 8))):
+    for group, channels, size in (
+        (17, 68, (2, 24, 32)),
+        (3, 12, (1, 33, 21)),
+        (80, 80, (1, 16, 20)),
+        (0, 300, (1, 9, 8)),
+    ):
         of = heads(rng, device, channels, dtype, layout, sizes=(size,))
         loss = loss_of(of, group, backend=backend)
         x, z = (v[0].detach().double().unflatten(1, (-1, group or channels)) for v in (of.x, of.z))
@@ -459,9 +464,17 @@ def test_a_small_richness_keeps_its_digits():
     ("options", "error", "words"),
     [
         ({"head": "logits"}, ValueError, "head='logits' is unknown; the valid ones are 'sigmoid', 'softmax'"),
-        ({"head": "softmax", "background": 3}, ValueError, r"background=3: teacher_logits\[0\] \(1, 3, 2, 2\) must have"),
+        (
+            {"head": "softmax", "background": 3},
+            ValueError,
+            r"background=3: teacher_logits\[0\] \(1, 3, 2, 2\) must have",
+        ),
         ({"head": "softmax", "background": -4}, ValueError, "background=-4"),
-        ({"head": "softmax", "background": 1.0}, TypeError, "background must be the number of a logit or None, got float"),
+        (
+            {"head": "softmax", "background": 1.0},
+            TypeError,
+            "background must be the number of a logit or None, got float",
+        ),
     ],
 )
 def test_a_wrong_head_is_refused(options, error, words):
@@ -488,8 +501,7 @@ def test_fsr_loss_of_a_softmax_head(rng, backend, device, features):
         assert relative(grad.cpu(), right) <= 4e-6
     if features:
         right = sum(
-            (m[:, None] * (a - b) ** 2).sum().item() / m.sum().item()
-            for a, b, m in zip(s, t, mask.scores, strict=True)
+            (m[:, None] * (a - b) ** 2).sum().item() / m.sum().item() for a, b, m in zip(s, t, mask.scores, strict=True)
         )
         assert terms.feat.item() == pytest.approx(right, rel=1e-5)
         assert terms.loss.item() == pytest.approx(right + expected.loss, rel=1e-5)
@@ -542,5 +554,3 @@ def test_defeat_in_one_pass(rng, backend, device):
     assert loss.item() == pytest.approx(right.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(loss, s), torch.autograd.grad(right, s), strict=True):
         assert relative(a, b) <= 1e-5
-
-

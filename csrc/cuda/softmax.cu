@@ -52,7 +52,8 @@ struct Below {
 
 template <class S, class T, class A, int V>
 struct Positions {
-  static constexpr uint32_t U = 4;  // channels of the first pass whose loads are under way together
+  // Channels whose loads are under way together, in the first pass and in the second; fp64 has no registers for more.
+  static constexpr uint32_t U = sizeof(A) == 8 ? 1 : 4, LATER = sizeof(A) == 8 ? 1 : 2;
 
   const ImitateRow& row;
   const Column<S> x, grad;
@@ -104,7 +105,7 @@ struct Positions {
       weight[i] = share[i] / of_x[i].sum;
       coefficient[i] = upstream * weight[i];
     }
-#pragma unroll 2
+#pragma unroll LATER
     for (uint32_t c = 0; c < channels; ++c) {
       Held<S, A, V> held_x;
       Held<T, A, V> held_z;
@@ -153,7 +154,7 @@ __device__ __forceinline__ A work_tile(const ImitateRow& row, const ImitateTerm&
 }
 
 template <class S, class T, class A, int V>
-__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 3 : 5)
+__global__ void __launch_bounds__(THREADS, sizeof(A) == 8 ? 4 : 5)
     softmax_kernel(const __grid_constant__ ImitateTable table, const __grid_constant__ ImitateCall call) {
   const uint32_t index = find_row(table, blockIdx.x);
   A sum = 0;
@@ -181,8 +182,7 @@ constexpr Chosen CHOSEN = {softmax_kernel<S, T, A, V>, V};
 
 Chosen kernel_of(const Imitate& call, const Group& group) {
   const DType s = group.entries[0]->student.dtype, t = group.entries[0]->teacher.dtype;
-  if (call.dtype == DType::f64)
-    return s == DType::f64 && t == DType::f64 ? CHOSEN<double, double, double, 2> : CHOSEN<Any, Any, double, 1>;
+  if (call.dtype == DType::f64) return CHOSEN<Any, Any, double, 1>;  // two at once spill, and exp takes longest
   if (s == DType::f32)
     return t == DType::bf16  ? CHOSEN<float, bf16, float, 4>
            : t == DType::f16 ? CHOSEN<float, f16, float, 4>
