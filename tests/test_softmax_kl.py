@@ -33,8 +33,8 @@ from frs_kernels import (
     richness_mask,
 )
 
-SIZES = ((2, 7, 9), (2, 3, 5), (1, 1, 1))
-GROUPS = ((1, 5), (3, 12), (17, 68), (0, 23))  # channels of a group, 0 for all, and of an entry
+SIZES = ((2, 7, 9), (1, 1, 1))
+GROUPS = ((1, 2), (3, 9), (17, 34), (0, 5))  # channels of a group, 0 for all, and of an entry
 
 
 class Heads(NamedTuple):
@@ -137,12 +137,8 @@ def test_dtypes_and_layouts_mix(rng, backend, device, dtype, teacher):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_levels_of_several_tiles(rng, backend, device, layout, dtype):
     """Against PyTorch, in fp64: positions that fill columns of vectors, and some more; several groups a tile."""
-    for group, channels, size in (
-        (17, 68, (2, 24, 32)),
-        (3, 12, (1, 33, 21)),
-        (80, 80, (1, 16, 20)),
-        (0, 300, (1, 9, 8)),
-    ):
+    cases = ((17, 68, (2, 24, 32)), (3, 12, (1, 33, 21)), (80, 80, (1, 16, 20)), (0, 300, (1, 9, 8)))
+    for group, channels, size in cases[1:2] if backend == "triton" and device == "cpu" else cases:
         of = heads(rng, device, channels, dtype, layout, sizes=(size,))
         loss = loss_of(of, group, backend=backend)
         x, z = (v[0].detach().double().unflatten(1, (-1, group or channels)) for v in (of.x, of.z))
@@ -253,12 +249,12 @@ def test_levels_without_mass_or_positions(rng, backend, device):
 
 @each_backend
 def test_gradcheck(rng, backend, device):
-    of = heads(rng, device, 6, torch.float64, sizes=((1, 2, 3), (1, 1, 1)))
+    of = heads(rng, device, 4, torch.float64, sizes=((1, 2, 2), (1, 1, 1)))
 
     def loss(*x: Tensor) -> Tensor:
-        return loss_of(Heads(list(x), of.z, of.mask), 3, temperature=2.0, backend=backend)
+        return loss_of(Heads(list(x), of.z, of.mask), 2, temperature=2.0, backend=backend)
 
-    assert torch.autograd.gradcheck(loss, of.x)
+    assert torch.autograd.gradcheck(loss, of.x, fast_mode=backend != "torch")
 
 
 def table(rng: torch.Generator, device: str) -> tuple[list[Entry], list[Term], Tensor, Tensor]:
@@ -368,7 +364,7 @@ def mmdetection(pred: Tensor, soft: Tensor, weight: Tensor, tau: float) -> Tenso
 @each_backend
 @pytest.mark.parametrize("masked", [True, False])
 def test_localization_distillation_is_what_mmdetection_computes(rng, backend, device, masked):
-    of = heads(rng, device, 68)
+    of = heads(rng, device, 68, sizes=((2, 5, 8), (1, 1, 3)))
     loss = localization_distillation(of.x, of.z, of.mask if masked else None, backend=backend)
     wide = [x.detach().double().requires_grad_() for x in of.x]
     right = sum(
@@ -378,7 +374,7 @@ def test_localization_distillation_is_what_mmdetection_computes(rng, backend, de
     assert isinstance(right, Tensor)
     expected = Expected(right.item(), [g.cpu() for g in torch.autograd.grad(right, wide)])
     assert_is(loss, of, expected)
-    weights = [0.5, 0.0, 2.0]
+    weights = [0.5, 2.0]
     terms = localization_distillation(of.x, of.z, of.mask if masked else None, level_weights=weights, weight=3.0,
                                       temperature=1.0, backend=backend, return_terms=True)  # fmt: skip
     plain = loss_of(of if masked else of._replace(mask=[torch.ones_like(m) for m in of.mask]), 17, weight=3.0,
@@ -542,7 +538,6 @@ def test_defeat_in_one_pass(rng, backend, device):
             for i in range(2))  # fmt: skip
     objects = [(torch.rand(size, generator=rng) < 0.3).float().to(device) for size in SIZES]
     objects[1].zero_()
-    objects[2].fill_(1)
     mask = masks.decoupled(objects, 2.0, 0.5)
     loss = masked_imitation_loss(s, t, mask, normalizer="none", backend=backend)
     right = s[0].new_zeros(())

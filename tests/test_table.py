@@ -15,7 +15,7 @@ from truth import lay_out
 from frs_kernels.ops import VERBS
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-LOSSES = ("mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached")
+LOSSES = ("mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached", "softmax_kl")
 PLACES = ((2, 3, 5), (2, 1, 1), (1, 4, 4))  # (N, H, W) of a level
 
 
@@ -68,6 +68,7 @@ def different_terms(device: str) -> list[Term]:
         Term("smooth_l1", 1.0, beta=4.0, temperature=7.0),
         Term("qfl", 1.5, temperature=2.0, beta=1.25),
         Term("qfl_detached", 0.5, number(2.0, device), beta=2.0),
+        Term("softmax_kl", 0.5, number(2.0, device), temperature=3.0, beta=0.0),
     ]
 
 
@@ -96,7 +97,7 @@ def test_losses_weights_factors_and_wishes_differ_from_term_to_term(rng, backend
 def test_the_values_are_the_terms_then_the_entries(rng, backend, device, loss, layout):
     make = Maker(rng, device)
     entries = [make.entry(level, t, 4, layouts=(layout, layout)) for level in (2, 0, 1) for t in (1, 0)]
-    terms = [Term(loss, 0.5), Term("mse", 2.0)]
+    terms = [Term(loss, 0.5, beta=2.0), Term("mse", 2.0)]
     got = make.check(backend, entries, terms)
     of_terms, of_entries = got.values[:2], got.values[2:]
     for t in range(2):
@@ -146,7 +147,7 @@ def test_more_entries_than_a_launch_takes(rng, backend, device, count):
 @each_backend
 def test_more_terms_than_a_launch_takes(rng, backend, device):
     make = Maker(rng, device)
-    terms = [Term(LOSSES[t % 7], 1.0 + t, want_grad=t % 3 > 0) for t in range(11)]
+    terms = [Term(LOSSES[t % 8], 1.0 + t, want_grad=t % 3 > 0) for t in range(11)]
     make.check(backend, [make.entry(t % 3, t, 1 + t % 4) for t in range(11)], terms)
 
 
