@@ -86,8 +86,10 @@ def test_losses_weights_factors_and_wishes_differ_from_term_to_term(rng, backend
         alone = imitate(backend, mine, [terms[entry.term]], scores, make.norm[entry.level : entry.level + 1])
         if want_loss:
             assert abs(together.values[len(terms) + e] - alone.values[1]) <= 1e-6 * alone.values[1].abs() + 1e-9
-        for grad in alone.grads:
-            assert torch.allclose(next(kept), grad, rtol=4 * torch.finfo(f32).eps, atol=0)
+        eps = torch.finfo(f32).eps
+        for grad in alone.grads:  # softmax_kl's is a difference, which one kernel rounds once and another twice
+            least = eps * grad.abs().max() if terms[entry.term].loss == "softmax_kl" else 0
+            assert torch.allclose(next(kept), grad, rtol=4 * eps, atol=float(least))
     assert next(kept, None) is None
 
 
@@ -202,7 +204,7 @@ def test_empty_levels_lie_among_the_others(rng, backend, device):
 @each_backend
 def test_every_run_gives_the_same_bits(rng, backend, device):
     make, terms = Maker(rng, device), different_terms(device)
-    call = make.call([make.entry(i % 3, i % 8, 1 + i % 7) for i in range(24)], terms)
+    call = make.call([make.entry(i % 3, i % len(terms), 1 + i % 7) for i in range(27)], terms)
     first, second = (imitate(backend, *call) for _ in range(2))
     assert all(same_bits(a, b) for a, b in zip([*first[:2], *first[2]], [*second[:2], *second[2]], strict=True))
 
