@@ -31,7 +31,8 @@ from triton.runtime.jit import create_function_from_signature
 import frs_kernels.triton.imitate as imitate_module
 import frs_kernels.triton.scale as scale_module
 import frs_kernels.triton.score as score_module
-from frs_kernels.losses import LOSSES
+import frs_kernels.triton.softmax as softmax_module
+from frs_kernels.losses import LOSSES, Pointwise
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -129,6 +130,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("score", "fp32", "fp32", "nchw", 80)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse", "loss+grad")
         yield Case("imitate", "bf16", "bf16", "nhwc", 80, "bce", "loss+grad")
+        yield Case("softmax", "bf16", "bf16", "nchw", 68, "softmax_kl", "loss+grad")
         yield Case("scale", "bf16", "bf16", "nchw", 80)
         return
     yield from BUDGETS
@@ -138,8 +140,10 @@ def cases(quick: bool) -> Iterator[Case]:
         for layout, channels in tiles:
             yield Case("score", dtype, dtype, layout, channels)
             yield Case("imitate", dtype, dtype, layout, channels, "mse+bce", "grad" if dtype == "fp16" else "loss+grad")
-        for loss in LOSSES:
+        for loss in (name for name, found in LOSSES.items() if isinstance(found, Pointwise)):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, "loss+grad")
+        for layout in ("nchw", "nhwc", "strided"):  # the bins of GFL's boxes
+            yield Case("softmax", dtype, dtype, layout, 68, "softmax_kl", "grad" if dtype == "fp16" else "loss+grad")
         for loss, mode in itertools.product(("mse", "bce"), ("loss", "grad")):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, mode)
         for layout in ("nhwc", "strided"):
@@ -191,14 +195,16 @@ def call(case: Case) -> None:
             student, teacher, scores, scores[: case.levels],
             [e % case.levels for e in range(entries)], [e // case.levels for e in range(entries)],
             [1.0] * entries, [0.0] * entries, losses, [1.0] * terms,
-            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms, [1.0] * terms,
+            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms,
+            [17.0 if loss == "softmax_kl" else 1.0 for loss in losses],
             ["grad" in case.mode] * terms, "loss" in case.mode,
         )  # fmt: skip
 
 
 def record(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The kernel and the arguments that the launcher of this case launches it with."""
-    module = {"score": score_module, "imitate": imitate_module, "scale": scale_module}[case.kernel]
+    modules = {"score": score_module, "imitate": imitate_module, "softmax": softmax_module, "scale": scale_module}
+    module = modules[case.kernel]
     name = f"{case.kernel}_kernel"
     kernel = getattr(module, name)
     recorder = Recorder(kernel)

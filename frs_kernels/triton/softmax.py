@@ -32,7 +32,7 @@ from frs_kernels.triton.levels import (
     tile_offsets,
     tile_start,
 )
-from frs_kernels.triton.pointwise import exp_of_minus, log_of
+from frs_kernels.triton.pointwise import exp_of_minus, log_of, magnitude
 from frs_kernels.triton.slots import store_partial, workspace
 from frs_kernels.triton.terms import Table, shares, store_values, upstream_of
 
@@ -123,7 +123,8 @@ def softmax_tile(
         slope = e_x - q
         if WANT_LOSS:
             t = (x - z) * inverse_tau - shift[None, :]
-            value = tl.where(tl.abs(t) < 1.0, q * excess(t), slope - q * t)
+            # tl.abs, which LLVM can see through, fails an assertion of its vectorizer here (Triton 3.7.1).
+            value = tl.where(magnitude(t) < 1.0, q * excess(t), slope - q * t)
             sums += tl.sum(tl.where(mask, value, 0.0), 0)
         if SEGMENT.want_grad:
             result = (coefficient[None, :] * slope).to(grad_ptr.dtype.element_ty)
