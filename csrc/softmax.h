@@ -44,7 +44,9 @@ struct Softmax {
 
   // Value and slope times Z_x, of logits that differ by d = (x - z) / tau.
   FRS_INLINE Pointwise<V> at(V e_x, V e_z, V d) const {
-    const V t = d - shift, q = e_z * ratio, slope = e_x - q;
+    const V any = d - shift, most = std::numeric_limits<float>::max() - V{};
+    const V t = any > most ? most : any;  // of a class that the teacher masks with -inf: 0 times infinity is none
+    const V q = e_z * ratio, slope = e_x - q;
     return {magnitude(t) < 1.0f ? q * excess(t) : slope - q * t, slope};
   }
 };

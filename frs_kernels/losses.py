@@ -140,7 +140,7 @@ def softmax_kl(x: Tensor, z: Tensor, beta: float, want_value: bool = True) -> Va
     slope = a.exp().sub_(q)
     if not want_value:
         return None, slope.flatten(1, 2)
-    t = a.sub_(b)
+    t = a.sub_(b).clamp_max_(torch.finfo(a.dtype).max)  # of a class that the teacher masks with -inf
     near = t.expm1().sub_(t).mul_(q)
     value = torch.where(t.abs() < 1, near, slope - q * t).sum(2)
     return value, slope.flatten(1, 2)

@@ -234,6 +234,19 @@ def test_what_is_not_finite_stays_so(rng, backend, device, who, number, channel)
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
+def test_a_class_that_the_teacher_masks_out(rng, backend, device, dtype):
+    of = heads(rng, device, 6, dtype, sizes=((1, 9, 8),))
+    of.z[0][:, 4] = -math.inf
+    loss = loss_of(of, 3, backend=backend)
+    x, z = (v[0].detach().double().unflatten(1, (-1, 3)) for v in (of.x, of.z))
+    share = of.mask[0].double() / of.mask[0].double().sum()
+    kl = F.kl_div(x.log_softmax(2), z.softmax(2), reduction="none").sum((1, 2))
+    grad = (share[:, None, None] * (x.softmax(2) - z.softmax(2))).flatten(1, 2)
+    assert_is(loss, of, Expected((share * kl).sum().item(), [grad.cpu()]))
+
+
+@each_backend
 def test_levels_without_mass_or_positions(rng, backend, device):
     of = heads(rng, device, 6, sizes=((2, 3, 4), (0, 3, 4), (2, 0, 4), (1, 2, 2)))
     of.mask[0].zero_()
