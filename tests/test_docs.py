@@ -213,6 +213,15 @@ class TestGuide:
         names["loss"].backward()
         assert all(x.grad.any() for x in (*names["feats"], *names["logits"]))
 
+    def test_boxes_as_distributions_and_softmax_heads(self, names, rng):
+        sizes = [z[:, 0].shape for z in names["teacher_logits"]]
+        names |= {name: [torch.randn(n, 68, h, w, generator=rng).requires_grad_(name == "student_reg")
+                         for n, h, w in sizes] for name in ("student_reg", "teacher_reg")}  # fmt: skip
+        names["inside"] = [torch.ones(size) for size in sizes]
+        exec(code_after("## Boxes as distributions, and softmax heads", GUIDE), names)
+        (names["boxes_loss"] + names["loss"]).backward()
+        assert all(x.grad.any() for x in names["student_reg"])
+
     def test_choosing_weights(self, names, capsys):
         names |= {"student": Detector(6), "teacher": Detector(9)}
         exec(code_after("## Choosing weights", GUIDE), names)

@@ -32,8 +32,9 @@ import frs_kernels.triton.imitate as imitate_module
 import frs_kernels.triton.moments as moments_module
 import frs_kernels.triton.scale as scale_module
 import frs_kernels.triton.score as score_module
+import frs_kernels.triton.softmax as softmax_module
 from frs_kernels.levels import accumulate_dtype
-from frs_kernels.losses import LOSSES
+from frs_kernels.losses import LOSSES, Pointwise
 from frs_kernels.row_losses import ROW_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 MODULES = {
     "score": score_module,
     "imitate": imitate_module,
+    "softmax": softmax_module,
     "scale": scale_module,
     "moments": moments_module,
     "moments_backward": moments_module,
@@ -147,6 +149,7 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("score", "fp32", "fp32", "nchw", 80)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse", "loss+grad")
         yield Case("imitate", "bf16", "bf16", "nhwc", 80, "bce", "loss+grad")
+        yield Case("softmax", "bf16", "bf16", "nchw", 68, "softmax_kl", "loss+grad")
         yield Case("scale", "bf16", "bf16", "nchw", 80)
         return
     yield from BUDGETS
@@ -156,8 +159,10 @@ def cases(quick: bool) -> Iterator[Case]:
         for layout, channels in tiles:
             yield Case("score", dtype, dtype, layout, channels)
             yield Case("imitate", dtype, dtype, layout, channels, "mse+bce", "grad" if dtype == "fp16" else "loss+grad")
-        for loss in LOSSES:
+        for loss in (name for name, found in LOSSES.items() if isinstance(found, Pointwise)):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, "loss+grad")
+        for layout in ("nchw", "nhwc", "strided"):  # the bins of GFL's boxes
+            yield Case("softmax", dtype, dtype, layout, 68, "softmax_kl", "grad" if dtype == "fp16" else "loss+grad")
         for loss, mode in itertools.product(("mse", "bce"), ("loss", "grad")):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, mode)
         for layout in ("nhwc", "strided"):
@@ -225,7 +230,8 @@ def call(case: Case) -> None:
             student, teacher, scores, scores[: case.levels],
             [e % case.levels for e in range(entries)], [e // case.levels for e in range(entries)],
             [1.0] * entries, [0.0] * entries, losses, [1.0] * terms,
-            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms, [1.0] * terms,
+            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms,
+            [17.0 if loss == "softmax_kl" else 1.0 for loss in losses],
             ["grad" in case.mode] * terms, "loss" in case.mode,
         )  # fmt: skip
 

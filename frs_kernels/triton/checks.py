@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype, positions
-from frs_kernels.losses import LOSSES
+from frs_kernels.losses import LOSSES, Grouped, group_size
 from frs_kernels.row_losses import NUMBERS, ROW_LOSSES
 
 if TYPE_CHECKING:
-    from frs_kernels.triton.imitate import Table
+    from frs_kernels.triton.terms import Table
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -69,6 +69,9 @@ def check_imitate(
         "imitate: student and teacher must have the same shape in every entry",
     )
     check_table(len(student), scores.device, table)
+    for x, t in zip(student, table.term, strict=True):
+        if isinstance(LOSSES[table.loss[t]], Grouped):
+            group_size(table.beta[t], x.shape[1])
     for name, given in (("scores", scores), ("norm", norm)):
         fits = given.dim() == 1 and given.is_contiguous() and given.dtype in (torch.float32, torch.float64)
         require(fits, f"imitate: {name} must be 1-dim, contiguous, and float32 or float64")
