@@ -30,7 +30,7 @@ CSRC = Path("csrc")
 # What was compiled, kept until what it is made from changes; a build with other flags in CXX wants a folder of its own.
 BUILD = Path(os.environ.get("FRS_BUILD_DIR") or Path("build", "native"))
 
-VERBS = ("score", "imitate", "scale", "moments")
+KERNELS = ("score", "imitate", "softmax", "scale", "moments")
 GLUE = ("ops.cpp", "row_ops.cpp")
 FLAGS = ["-std=c++20", f"-I{CSRC}", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -163,9 +163,9 @@ def cpu_recipe(torch: Torch, cxx: Compiler) -> Recipe:
     targets = list(INSTRUCTIONS) if x86 else ["baseline"]
     objects = [glue("cpu", torch, cxx, source) for source in (*GLUE, "cpu/backend.cpp")]
     for isa in targets:
-        for verb in VERBS:
+        for kernel in KERNELS:
             command = [*cxx.command, *FLAGS, *MATHS, f"-DFRS_ISA={isa}", *INSTRUCTIONS[isa]]
-            objects.append(Object(f"cpu.{verb}.{isa}", CSRC / "cpu" / f"{verb}.cpp", command, cxx.version))
+            objects.append(Object(f"cpu.{kernel}.{isa}", CSRC / "cpu" / f"{kernel}.cpp", command, cxx.version))
     return Recipe(cxx.version, targets, objects, [*cxx.command, "-shared"], libtorch_cpu(torch))
 
 
@@ -188,7 +188,9 @@ def cuda_recipe(torch: Torch, cxx: Compiler) -> Recipe:
         codes = f"[sm_{target},compute_{target}]" if target == portable else f"sm_{target}"
         command += ["-gencode", f"arch=compute_{target},code={codes}"]
     compiler = f"nvcc {nvcc.version}, {cxx.version}"
-    objects = [Object(f"cuda.{verb}", CSRC / "cuda" / f"{verb}.cu", command, compiler) for verb in (*VERBS, "distill")]
+    objects = [
+        Object(f"cuda.{name}", CSRC / "cuda" / f"{name}.cu", command, compiler) for name in (*KERNELS, "distill")
+    ]
     objects += [glue("cuda", torch, cxx, source, "-DUSE_CUDA") for source in GLUE]
     # A torch without CUDA has no libtorch_cuda to link with, and only the name is needed: an empty library has it.
     stub = make("libtorch_cuda.so", [*cxx.command, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c", os.devnull])

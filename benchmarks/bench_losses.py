@@ -1,12 +1,14 @@
 """The other losses: each against its published form in eager PyTorch, that form compiled, and the floor of the memory.
 
-On features or class logits of GFL's pyramid, 400x672, batch 4. Each implementation is checked against the published
-form in fp64 before it is timed: loss and gradients. A wrong one is reported as wrong and has no time.
+On features or class logits of GFL's pyramid, 400x672, batch 4, and on the 4 x 17 bins of its boxes. Each implementation
+is checked against the published form in fp64 before it is timed: loss and gradients. A wrong one is reported as wrong
+and has no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,11 +65,27 @@ def cwd(s: Levels, t: Levels, tau: float) -> Tensor:
     return loss
 
 
+def softmax_divergence(x: Levels, z: Levels, group: int, tau: float, per_channel: bool) -> Tensor:
+    """KL(teacher || student) of softmaxes over groups of channels: a level's mean over positions, or over its bins.
+
+    With tau, and per channel, what mmdetection's KnowledgeDistillationKLDivLoss makes of Zheng et al., Localization
+    Distillation.
+    """
+    loss = x[0].new_zeros(())
+    for a, b in zip(x, z, strict=True):
+        student, teacher = (v.unflatten(1, (-1, group)) / tau for v in (a, b))
+        value = F.kl_div(F.log_softmax(student, dim=2), F.softmax(teacher, dim=2), reduction="sum") * tau**2
+        positions = a.shape[0] * a.shape[2] * a.shape[3]
+        loss = loss + value / (positions * (a.shape[1] if per_channel else 1))
+    return loss
+
+
 class Compared(NamedTuple):
     published: Callable[[Levels, Levels], Tensor]
     ours: Callable[..., Tensor]  # and a backend
     tensors: int  # of the student's size that must be read or written
     of: int = 2  # the student's among the lists of a case, behind it the teacher's: 0 features, 2 class logits
+    channels: int = 80  # classes, or sides times bins
 
 
 def compared() -> dict[str, Compared]:
@@ -80,7 +98,16 @@ def compared() -> dict[str, Compared]:
         ours = partial(frs_kernels.quality_focal_distillation, beta=beta, detach=detach)
         name = f"quality focal, beta {beta:g}{', detached' if detach else ''}"
         found[name] = Compared(partial(quality_focal, beta=beta, detach=detach), ours, 3)
+    boxes = partial(softmax_divergence, group=17, tau=10.0, per_channel=True)
+    found["localization distillation"] = Compared(boxes, frs_kernels.localization_distillation, 3, channels=4 * 17)
+    classes = partial(softmax_divergence, group=80, tau=1.0, per_channel=False)
+    found["softmax KL of 80 classes"] = Compared(classes, softmax_of_classes, 3)
     return found
+
+
+def softmax_of_classes(x: Levels, z: Levels, backend: Any) -> Tensor:
+    everywhere = [b.new_ones(b.shape[0], *b.shape[2:]) for b in z]
+    return frs_kernels.masked_imitation_loss(x, z, everywhere, loss="softmax_kl", backend=backend)
 
 
 def implementations(loss: Compared, device: str) -> dict[str, Callable[[Levels, Levels], Tensor]]:
@@ -114,7 +141,8 @@ def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable
             continue
         torch._dynamo.reset()
         torch.manual_seed(0)
-        copies = copies_of(lambda: case.inputs(device), device)
+        given = replace(case, logits=loss.channels)
+        copies = copies_of(partial(given.inputs, device), device)
         results: dict[str, Any] = {}
         steps: dict[str, Callable[[], Any]] = {}
         for who, call in implementations(loss, device).items():
@@ -132,6 +160,6 @@ def run(device: str, quick: bool, advance: Callable[[str], bool], save: Callable
             results[who]["step"] = spread([sum(each) for each in runs])
         size = sum(v.nbytes for v in copies[0][loss.of])
         found["losses"][name] = {
-            "case": case.key(), "bytes": loss.tensors * size, "copy_bandwidth": bandwidth, "implementations": results,
+            "case": given.key(), "bytes": loss.tensors * size, "copy_bandwidth": bandwidth, "implementations": results,
         }  # fmt: skip
         save(found)

@@ -200,6 +200,15 @@ struct Imitation {
     require(any, verb, ": nothing is wanted: set want_loss, want_grad or both");
   }
 
+  // The channels of a group, or 0 where the loss is pointwise.
+  int64_t group_of(const Term& term, const Name& name, int64_t channels) const {
+    if (!is_grouped(term.loss)) return 0;
+    const double size = term.beta == 0 ? static_cast<double>(channels) : term.beta;
+    require(std::fmod(size, 1) == 0 && std::fmod(static_cast<double>(channels), size) == 0, name, ": beta=", term.beta,
+            ": a group of softmax_kl must have a whole number of channels that divides ", channels, ", or 0 for all");
+    return static_cast<int64_t>(size);
+  }
+
   void set_entries(const Columns& columns, const Levels* logits, size_t turns) {
     const auto fits = [&](const auto& column) { return column.empty() || column.size() == count; };
     require((columns.in_turn() || (columns.level.size() == count && columns.term.size() == count)) &&
@@ -236,7 +245,8 @@ struct Imitation {
     for (size_t i = 0; i < count; ++i) {
       const int64_t level = level_at(i);
       const double scale = columns.scale.empty() ? 1 : columns.scale[i], eps = columns.eps.empty() ? 0 : columns.eps[i];
-      entries.push_back({level_of(student[i], first[level]), level, term_at(i), scale, eps});
+      const int64_t group = group_of(terms[term_at(i)], Name{verb, "student", i, student[i]}, student[i].size[1]);
+      entries.push_back({level_of(student[i], first[level]), level, term_at(i), scale, eps, group});
     }
   }
 };

@@ -15,7 +15,8 @@
 // V is float or double, on the host or on a GPU, or a GCC vector of floats (csrc/cpu/vec.h): the operators and ?: mean
 // the same for all of them; what differs is in Primitives<V>.
 //
-// A loss is a name in Loss and its Traits; nothing else in csrc/ names it.
+// A loss is a name in Loss and its Traits; nothing else in csrc/ names it. One of groups of channels has a value and a
+// slope only together with the others of its group: softmax.h.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,20 @@
 
 namespace frs {
 
-enum class Loss : int32_t { mse, l1, smooth_l1, bce, kl, qfl, qfl_detached, COUNT };
+enum class Loss : int32_t {
+  mse,
+  l1,
+  smooth_l1,
+  bce,
+  kl,
+  qfl,
+  qfl_detached,
+  POINTWISE,  // how many are
+  softmax_kl = POINTWISE,
+  COUNT
+};
+
+constexpr bool is_grouped(Loss loss) { return loss >= Loss::POINTWISE; }
 
 template <class V>
 struct Pointwise {
@@ -40,7 +54,8 @@ struct Pointwise {
 };
 
 // What is not the same for all V: |x|; exp(-a) for a >= 0, and the same where it is called once a position; a / b for b
-// in [1, 6]; log1p(e) for e in [0, 1]; power(a, s) = a^s for a normal a <= 1 and s > -1; and by the signs of the logits
+// in [1, 6]; log1p(e) for e in [0, 1]; log(a) for a >= 1; power(a, s) = a^s for a normal a <= 1 and s > -1; and by the
+// signs of the logits
 //     same_side(x, z, a, b)   a where x and z have the same sign, else b
 //     mirror(x, v)            v where x >= 0, else -v
 // A vector reads the sign bit: the comparisons take the ports that multiply.
@@ -93,6 +108,7 @@ struct Primitives<float> : BySign<float> {
 #endif
   }
   static FRS_INLINE float log1p(float e) { return log1p_by_powers(e); }
+  static FRS_INLINE float log(float a) { return ::logf(a); }
   // With a = 2^k m, m around 1, it is 2^n 2^f with n whole and f = s k - n + s log2(m): the logarithm is good to 2^-22,
   // also far from 1, where that of a itself would lose a digit or two.
   static FRS_INLINE float power(float a, float s) {
@@ -117,6 +133,7 @@ struct Primitives<double> : BySign<double> {
   static FRS_INLINE double exact_exp_neg(double a) { return ::exp(-a); }
   static FRS_INLINE double quotient(double a, double b) { return a / b; }
   static FRS_INLINE double log1p(double e) { return ::log1p(e); }
+  static FRS_INLINE double log(double a) { return ::log(a); }
   static FRS_INLINE double power(double a, double s) { return ::pow(a, s); }
 };
 
@@ -185,8 +202,8 @@ FRS_INLINE Pointwise<V> quality_focal(V x, V z, S beta) {
   return {weight * bce.value, slope};
 }
 
-// A loss: its name; whether it takes logits, which a temperature divides; and value and slope, given the beta of
-// smooth_l1 and qfl in the scalar type of V.
+// A loss: its name; whether it takes logits, which a temperature divides; and of a pointwise one value and slope, given
+// the beta of smooth_l1 and qfl in the scalar type of V.
 template <Loss>
 struct Traits;
 
@@ -264,6 +281,12 @@ struct Traits<Loss::qfl_detached> {
   }
 };
 
+template <>
+struct Traits<Loss::softmax_kl> {
+  static constexpr const char* name = "softmax_kl";
+  static constexpr bool takes_logits = true;
+};
+
 template <Loss L>
 using LossConstant = std::integral_constant<Loss, L>;
 
@@ -283,7 +306,8 @@ template <int... I>
 struct Numbered<std::integer_sequence<int, I...>> {
   using type = Losses<static_cast<Loss>(I)...>;
 };
-// Every loss: one without Traits does not compile.
+// One without Traits does not compile.
 using EveryLoss = Numbered<std::make_integer_sequence<int, static_cast<int>(Loss::COUNT)>>::type;
+using EveryPointwise = Numbered<std::make_integer_sequence<int, static_cast<int>(Loss::POINTWISE)>>::type;
 
 }  // namespace frs

@@ -3,6 +3,7 @@
 //     score     S_p = max_k sigmoid(z_pk),  M_l = sum_p S_p
 //     imitate   value_e  = sum_p share_p sum_c value(x_pc, z_pc)   of an entry, share_p = scale S_p / (norm_l + eps)
 //                                                                  joint: norm_l is the sum of all levels' norms
+//                                                                  softmax_kl has a value a group, not a channel
 //               value_t  = the sum of its entries' values           of a term
 //               total    = sum_t weight_t factor_t value_t
 //               gradient = weight_t factor_t share_p slope(x_pc, z_pc)
@@ -53,13 +54,14 @@ struct Term {
   const void* factor;  // a number on the device, or null for 1
   DType factor_dtype;
   double temperature;  // 1 where the loss takes no logits
-  double beta;
+  double beta;         // of a loss of groups how many channels each has; 0: all of an entry's
 };
 
 // A student's tensor and its teacher.
 struct Entry : Level {
   int64_t level, term;
   double scale, eps;
+  int64_t group = 0;  // of a loss of groups: how many channels each has
 };
 
 struct Imitate {

@@ -3,7 +3,8 @@
 from frs_kernels import backends
 from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
-from frs_kernels.functional import fsr_loss, masked_imitation_loss, quality_focal_distillation, richness_mask
+from frs_kernels.functional import fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels.heads import localization_distillation, quality_focal_distillation
 from frs_kernels.modules import CWDLoss, FeatureAdapter, FSRLoss, PKDLoss
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms, ImitationTerms, Richness, RowTerms
@@ -32,6 +33,7 @@ __all__ = [
     "cwd_loss",
     "frs_loss",
     "fsr_loss",
+    "localization_distillation",
     "masked_imitation_loss",
     "masks",
     "pkd_loss",

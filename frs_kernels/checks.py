@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NORMALIZERS = ("mass", "mass_channels", "total_mass")
+NORMALIZERS = ("mass", "mass_channels", "total_mass", "none")
+HEADS = ("sigmoid", "softmax")
 GRAD_MODES = ("auto", "forward", "backward")
 
 ADAPT = "bring the student's to the teacher's with frs_kernels.FeatureAdapter"
@@ -33,6 +34,20 @@ def check_number(name: str, value: Any, *, positive: bool) -> None:
 def check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_background(background: Any, levels: Sequence[Tensor]) -> None:
+    """None, or the number of one of each level's logits, of which there are others."""
+    if background is None:
+        return
+    if isinstance(background, bool) or not isinstance(background, int):
+        raise TypeError(f"background must be the number of a logit or None, got {type(background).__name__}")
+    for level, z in enumerate(levels):
+        k = z.shape[1]
+        if k == 1 or not -k <= background < k:
+            raise ValueError(
+                f"background={background}: teacher_logits[{level}] {tuple(z.shape)} must have that logit, and others"
+            )
 
 
 def check_weight(name: str, value: Any, device: torch.device | None) -> None:
@@ -70,6 +85,34 @@ def check_learns(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> 
             "this under torch.no_grad()",
             stacklevel=5,
         )
+
+
+def check_group_size(size: Any, name: str, levels: Sequence[Tensor]) -> None:
+    """A number of channels that divides those of every level."""
+    check_count("group_size", size)
+    for level, x in enumerate(levels):
+        if x.shape[1] % size:
+            raise ValueError(
+                f"group_size={size} does not divide the {x.shape[1]} channels of {name}[{level}] {tuple(x.shape)}"
+            )
+
+
+def check_sides(sides: Any, name: str, levels: Sequence[Tensor]) -> None:
+    """A number of distributions among the channels, of which every level has as many."""
+    check_count("sides", sides)
+    for level, x in enumerate(levels):
+        if x.shape[1] % sides or x.shape[1] != levels[0].shape[1]:
+            raise ValueError(
+                f"{name}[{level}] {tuple(x.shape)} must have sides * bins channels, sides={sides}, the same on every "
+                "level"
+            )
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
 def check_group(group: Any) -> None:

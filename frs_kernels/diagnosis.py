@@ -94,8 +94,9 @@ def check(
         "teacher_logits": teacher_logits, "mask": scores,
     }  # fmt: skip
     findings = [text for name, levels in given.items() for text in _not_finite(name, levels)]
+    of_softmax = options.get("cls_loss") == "softmax_kl"
     for name in ("student_logits", "teacher_logits"):
-        findings += _no_logits(name, given[name])
+        findings += _no_logits(name, given[name], of_softmax)
     for name, student, teacher in (
         ("feats", student_feats, teacher_feats),
         ("logits", student_logits, teacher_logits),
@@ -125,8 +126,11 @@ def _not_finite(name: str, levels: Levels | None) -> Iterator[str]:
             yield f"{name}[{level}] has {count} numbers that are NaN or inf, of {x.numel()}"
 
 
-def _no_logits(name: str, levels: Levels | None) -> Iterator[str]:
-    """A softmax over channels sums to 1; its logarithm has a log-sum-exp of 0; probabilities are in [0, 1]."""
+def _no_logits(name: str, levels: Levels | None, of_softmax: bool) -> Iterator[str]:
+    """A softmax over channels sums to 1; its logarithm has a log-sum-exp of 0; probabilities are in [0, 1].
+
+    The logarithm is as good as the logits `of_softmax`, whose loss a constant in all of them does not change.
+    """
     filled = [z.double() for z in levels or () if z.numel()]
     if not filled or levels is None:
         return
@@ -134,7 +138,8 @@ def _no_logits(name: str, levels: Levels | None) -> Iterator[str]:
     low, high = min(z.min() for z in filled), max(z.max() for z in filled)
     several = filled[0].shape[1] > 1
     if several and all(torch.logsumexp(z, 1).abs().max() < slack for z in filled):
-        yield f"{name} are the logarithm of a softmax; the loss is for sigmoid heads"
+        if not of_softmax:
+            yield f"{name} are the logarithm of a softmax; the loss is for sigmoid heads"
     elif low >= 0 and high <= 1 and high > low:
         sums = several and all((z.sum(1) - 1).abs().max() < slack for z in filled)
         kind = "a softmax's probabilities; the loss is for sigmoid heads" if sums else "probabilities"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from frs_kernels import backends, checks
 from frs_kernels.levels import Levels, accumulate_dtype, split_levels
-from frs_kernels.losses import LOSSES
+from frs_kernels.losses import LOSSES, Grouped
 from frs_kernels.ops import VERBS
 from frs_kernels.options import (
     AnyLoss,
@@ -18,6 +18,7 @@ from frs_kernels.options import (
     ClsLoss,
     FeatLoss,
     GradMode,
+    Head,
     Normalizer,
     Options,
     Weight,
@@ -106,25 +107,28 @@ def fsr_loss(
         student_feats, teacher_feats: lists of (N, C, H, W), one tensor per level; None for both leaves `feat` out.
         student_logits, teacher_logits: lists of (N, K, H, W), class logits before the sigmoid, anchors folded into K
             as the head emits them. Without student_logits `cls` is left out; teacher_logits make the mask.
-            Probabilities, and a softmax with a background class, have the same shapes: `frs_kernels.check` tells.
+            Probabilities, and a softmax with a background class, have the same shapes: `frs_kernels.check` tells. Of a
+            softmax's logits give cls_loss="softmax_kl" and mask=richness_mask(teacher_logits, head="softmax").
         feat_weight, cls_weight: a number, zero or more, or a 0-dim tensor, which is read on the device: changing it
             neither recompiles nor synchronises, and what it holds is not looked at. Weights are not trained.
         feat_loss: "mse"; "l1" or "smooth_l1" in its place leave the square of eq. 4; "pkd" or "cwd" are `pkd_loss` and
             `cwd_loss`, which know neither mask nor denominator.
         cls_loss: "bce"; "kl", the Bernoulli KL(teacher || student): the same gradient, 0 where they agree; "qfl", the
-            quality focal loss, bce times |sigmoid(x) - sigmoid(z)|^beta; or "qfl_detached", the same value, whose
-            gradient takes that factor for a constant; or "cwd", as above.
+            quality focal loss, bce times |sigmoid(x) - sigmoid(z)|^beta; "qfl_detached", the same value, whose
+            gradient takes that factor for a constant; "softmax_kl", KL(teacher || student) of the softmax over all
+            classes; or "cwd", as above.
         temperature: divides the logits inside `cls`, which is then multiplied by its square; also that of "cwd".
         beta: of "smooth_l1": below it half the square of a difference over beta, above it the difference less beta / 2;
             of "qfl" and "qfl_detached" the exponent: 0 makes bce of them, 1 and 2 are the fastest.
         normalizer: "mass" divides a level by M_l, as the paper does; "mass_channels" by C * M_l; "total_mass" by
-            sum_l M_l, so that a level on which the teacher sees little weighs little (docs/math.md).
+            sum_l M_l, so that a level on which the teacher sees little weighs little (docs/math.md); "none" by 1, for
+            a mask that is normalised already.
         eps: added to the denominator. A level whose denominator is 0 adds 0 to the loss and to the gradient.
         level_weights: w_l, 1 each by default.
         mask: used as S instead of the richness score: a list of (N, H, W) or (N, 1, H, W) tensors, floating-point or
             bool, or what `richness_mask` returns. What it holds is not looked at; a negative number pushes away.
         process_group: M_l is averaged over its ranks, so that averaged gradients are those of the joint batch (whose
-            eps would be that of a rank times their number).
+            eps would be that of a rank times their number). Without any effect where the normalizer is "none".
         grad_mode: "forward" computes the gradient in the forward pass (less traffic), "backward" in the backward pass
             (fp16 does not underflow before the loss scale), "auto": backward for fp16 students, forward for the rest.
             With return_terms and a weight that is a tensor or (nearly) 0, the gradient of `feat` or `cls` alone could
@@ -176,25 +180,54 @@ def fsr_loss(
     return FSRTerms(found.loss, feat, cls, feat_per_level, cls_per_level, found.mask, found.mass)
 
 
-def richness_mask(teacher_logits: Levels, *, backend: Backend = "auto") -> Richness:
+def richness_mask(
+    teacher_logits: Levels,
+    *,
+    head: Head = "sigmoid",
+    background: int | None = -1,
+    backend: Backend = "auto",
+) -> Richness:
     """Where to imitate: S_p = max_k sigmoid(z_pk) and each level's mass M_l = sum_p S_p (arXiv 2111.00674, eq. 3).
 
     Args:
         teacher_logits: list of (N, K, H, W) class logits, one tensor per level.
-        backend: as in `fsr_loss`.
+        head: "sigmoid", a probability a class; or "softmax", one distribution over all K, where S_p is the probability
+            that p is not background, 1 - softmax(z_p)[background], or without such a class max_k softmax(z_p)[k].
+        background: of a softmax, which logit is the background's, counted from the end where negative; None: there is
+            none.
+        backend: as in `fsr_loss`. A softmax is computed in plain PyTorch, whatever the backend.
 
     Returns:
         scores, a list of (N, H, W), and mass (L,), fp32 (fp64 for fp64 logits), detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `fsr_loss`.
+        TypeError, ValueError, RuntimeError: as `fsr_loss`; ValueError: a level has no such logit, or no other.
     """
     checks.check_levels("teacher_logits", teacher_logits)
+    checks.check_option("head", head, checks.HEADS)
     checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
     chosen = backends.choose(backend, teacher_logits[0].device.type)
     with torch.no_grad():
+        if head == "softmax":
+            checks.check_background(background, teacher_logits)
+            return _softmax_richness(teacher_logits, background)
         scores, mass = VERBS[chosen].score(teacher_logits)
     return Richness(split_levels(scores, teacher_logits), mass)
+
+
+def _softmax_richness(teacher_logits: Levels, background: int | None) -> Richness:
+    dtype = accumulate_dtype(*teacher_logits)
+    scores = []
+    for given in teacher_logits:
+        z = given.to(dtype)
+        if background is None:
+            scores.append((z.amax(1) - z.logsumexp(1)).exp())
+        else:
+            # A small score keeps its digits, which a difference from 1 would lose.
+            at = background % z.shape[1]
+            others = torch.cat([z[:, :at], z[:, at + 1 :]], 1)
+            scores.append(torch.sigmoid(others.logsumexp(1) - z[:, at]))
+    return Richness(scores, torch.stack([s.sum() for s in scores]))
 
 
 @overload
@@ -204,6 +237,7 @@ def masked_imitation_loss(
     mask: Levels | Richness,
     *,
     loss: AnyLoss = ...,
+    group_size: int | None = ...,
     weight: Weight = ...,
     return_terms: Literal[False] = ...,
     **options: Unpack[TermOptions],
@@ -217,6 +251,7 @@ def masked_imitation_loss(
     mask: Levels | Richness,
     *,
     loss: AnyLoss = ...,
+    group_size: int | None = ...,
     weight: Weight = ...,
     return_terms: Literal[True],
     **options: Unpack[TermOptions],
@@ -230,6 +265,7 @@ def masked_imitation_loss(
     mask: Levels | Richness,
     *,
     loss: AnyLoss = ...,
+    group_size: int | None = ...,
     weight: Weight = ...,
     return_terms: bool,
     **options: Unpack[TermOptions],
@@ -242,6 +278,7 @@ def masked_imitation_loss(
     mask: Levels | Richness,
     *,
     loss: AnyLoss = "mse",
+    group_size: int | None = None,
     weight: Weight = 1.0,
     temperature: float = 1.0,
     beta: float = 1.0,
@@ -258,115 +295,31 @@ def masked_imitation_loss(
     Args:
         student, teacher: lists of (N, C, H, W), one tensor per level.
         mask: as in `fsr_loss`; M_l is the sum of a level's.
-        loss: "mse", "l1" or "smooth_l1" on any features; "bce", "kl", "qfl" or "qfl_detached" on logits.
+        loss: "mse", "l1" or "smooth_l1" on any features; "bce", "kl", "qfl" or "qfl_detached" on logits; "softmax_kl",
+            whose value is one of each group of channels, tau^2 KL(softmax(teacher / tau) || softmax(student / tau)).
+        group_size: of "softmax_kl", how many neighbouring channels share a softmax; all of them by default.
         weight: multiplies the loss; a number or a 0-dim tensor.
         return_terms: return `ImitationTerms` instead of the loss.
 
     The other arguments, what is returned and what is raised are as for `fsr_loss`.
     """
     checks.check_option("loss", loss, tuple(LOSSES))
+    if group_size is not None and not isinstance(LOSSES[loss], Grouped):
+        raise ValueError(f"group_size={group_size!r} is of loss='softmax_kl', not of loss={loss!r}")
     scores = plain_mask(mask)
     options = Options.of(
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
         grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
-    pairs = [Pair("weight", loss, weight, student, teacher)]
+    pairs = [Pair("weight", loss, weight, student, teacher, group_size or 0)]
 
     def check() -> None:
         checks.check_imitation(student, teacher, scores, takes_logits=LOSSES[loss].takes_logits)
         checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
+        if group_size is not None:
+            checks.check_group_size(group_size, "student", student)
 
     found = distill(pairs, options, check, scores, None, process_group, return_terms)
     if isinstance(found, Tensor):
         return found
     return ImitationTerms(found.loss, *found.part("weight"), found.mask, found.mass)
-
-
-@overload
-def quality_focal_distillation(
-    student_logits: Levels,
-    teacher_logits: Levels,
-    mask: Levels | Richness | None = ...,
-    *,
-    detach: bool = ...,
-    weight: Weight = ...,
-    return_terms: Literal[False] = ...,
-    **options: Unpack[TermOptions],
-) -> Tensor: ...
-
-
-@overload
-def quality_focal_distillation(
-    student_logits: Levels,
-    teacher_logits: Levels,
-    mask: Levels | Richness | None = ...,
-    *,
-    detach: bool = ...,
-    weight: Weight = ...,
-    return_terms: Literal[True],
-    **options: Unpack[TermOptions],
-) -> ImitationTerms: ...
-
-
-@overload
-def quality_focal_distillation(
-    student_logits: Levels,
-    teacher_logits: Levels,
-    mask: Levels | Richness | None = ...,
-    *,
-    detach: bool = ...,
-    weight: Weight = ...,
-    return_terms: bool,
-    **options: Unpack[TermOptions],
-) -> Tensor | ImitationTerms: ...
-
-
-def quality_focal_distillation(
-    student_logits: Levels,
-    teacher_logits: Levels,
-    mask: Levels | Richness | None = None,
-    *,
-    beta: float = 1.0,
-    detach: bool = False,
-    weight: Weight = 1.0,
-    temperature: float = 1.0,
-    normalizer: Normalizer = "mass",
-    eps: float = 0.0,
-    level_weights: Sequence[float] | None = None,
-    process_group: ProcessGroup | None = None,
-    grad_mode: GradMode = "auto",
-    backend: Backend = "auto",
-    return_terms: bool = False,
-) -> Tensor | ImitationTerms:
-    """The quality focal loss with the teacher's probabilities as targets, under any mask or none.
-
-        d     = sigmoid(x_pk) - sigmoid(z_pk)
-        loss  = weight * sum_l w_l / M_l sum_p mask_p sum_k |d|^beta BCE(x_pk, sigmoid(z_pk))
-
-    The loss of Li et al., *Generalized Focal Loss*, NeurIPS 2020, whose target is a class's quality; CrossKD (Wang et
-    al., CVPR 2024) distils with it, the target being the teacher's probability. Other than bce it is 0 where student
-    and teacher agree. This is `masked_imitation_loss` with loss="qfl", or "qfl_detached".
-
-    Args:
-        student_logits, teacher_logits: lists of (N, K, H, W) class logits, before the sigmoid, one tensor per level.
-        mask: as in `fsr_loss`. Without one every position counts 1, and M_l is their number, N H W.
-        beta: the exponent, zero or more. 0 makes bce of it. Below 1 the gradient without `detach` grows without bound
-            as d goes to 0; where d is 0 it is 0.
-        detach: the gradient takes |d|^beta for a constant. By default it is differentiated, too.
-        weight: multiplies the loss; a number or a 0-dim tensor.
-        return_terms: return `ImitationTerms` instead of the loss.
-
-    The other arguments, the tensors' dtypes and strides, what is returned and what is raised are as for `fsr_loss`:
-    normalizer="total_mass" divides every level by the number of positions of all.
-    """
-    checks.check_flag("detach", detach)
-    if mask is None:
-        checks.check_levels("student_logits", student_logits)
-        checks.check_levels("teacher_logits", teacher_logits)
-        dtype = accumulate_dtype(*student_logits, *teacher_logits)
-        mask = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=dtype) for z in teacher_logits]
-    return masked_imitation_loss(
-        student_logits, teacher_logits, mask, loss="qfl_detached" if detach else "qfl", weight=weight,
-        temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
-        process_group=process_group, grad_mode=grad_mode, backend=backend, return_terms=return_terms,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from frs_kernels import backends, checks
-from frs_kernels.losses import CLS_LOSSES, FEAT_LOSSES
+from frs_kernels.losses import CLS_LOSSES, FEAT_LOSSES, LOSSES, Grouped
 from frs_kernels.row_losses import ROW_LOSSES
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 Weight = float | Tensor
 FeatLoss = Literal["mse", "l1", "smooth_l1", "pkd", "cwd"]
-ClsLoss = Literal["bce", "kl", "qfl", "qfl_detached", "cwd"]
-AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached"]
-Normalizer = Literal["mass", "mass_channels", "total_mass"]
+ClsLoss = Literal["bce", "kl", "qfl", "qfl_detached", "softmax_kl", "cwd"]
+AnyLoss = Literal["mse", "l1", "smooth_l1", "bce", "kl", "qfl", "qfl_detached", "softmax_kl"]
+Normalizer = Literal["mass", "mass_channels", "total_mass", "none"]
+Head = Literal["sigmoid", "softmax"]
 GradMode = Literal["auto", "forward", "backward"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "torch"]
 
 
-class AllOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
     """The keywords of every loss; `fsr_loss` says what they mean."""
 
     temperature: float
-    beta: float
     normalizer: Normalizer
     eps: float
     level_weights: Sequence[float] | None
@@ -38,17 +38,24 @@ class AllOptions(TypedDict, total=False):
     backend: Backend
 
 
-class LossOptions(AllOptions, total=False):
+class LossOptions(CommonOptions, total=False):
     """Those that `fsr_loss` and `FSRLoss` share."""
 
+    beta: float
     feat_loss: FeatLoss
     cls_loss: ClsLoss
 
 
-class TermOptions(AllOptions, total=False):
-    """Those of `masked_imitation_loss` and of `quality_focal_distillation`."""
+class GroupOptions(CommonOptions, total=False):
+    """Those of `localization_distillation`."""
 
     process_group: ProcessGroup | None
+
+
+class TermOptions(GroupOptions, total=False):
+    """Those of `masked_imitation_loss` and of `quality_focal_distillation`."""
+
+    beta: float
 
 
 class RowOptions(TypedDict, total=False):
@@ -130,8 +137,13 @@ class Table(NamedTuple):
     entries: tuple[range, ...]  # of each term
 
 
-def make_table(options: Options, losses: tuple[str, ...], levels: int, channels: tuple[int, ...]) -> Table:
-    """A term a loss, with an entry a level each. `channels`: of every entry, where the normalizer asks for them.
+def make_table(
+    options: Options, losses: tuple[str, ...], groups: tuple[int, ...], levels: int, channels: tuple[int, ...]
+) -> Table:
+    """A term a loss, with an entry a level each.
+
+    `groups`: of every term, how many channels a group has, 0 for all; read where the loss is one of groups.
+    `channels`: of every entry, where the normalizer asks for them.
 
     A level's denominator (M_l C_l + eps) / w_l becomes scale = w_l / C_l and eps / C_l, numbers of the host: formed on
     the device they would take a launch each.
@@ -145,7 +157,10 @@ def make_table(options: Options, losses: tuple[str, ...], levels: int, channels:
         tuple(options.eps / counts[e] for e in entries) if options.eps else (),
         losses,
         (float(options.temperature),) * len(losses),
-        (float(options.beta),) * len(losses),
+        tuple(
+            float(group if isinstance(LOSSES[loss], Grouped) else options.beta)
+            for loss, group in zip(losses, groups, strict=True)
+        ),
         options.normalizer == "total_mass",
         tuple(range(t * levels, (t + 1) * levels) for t in range(len(losses))),
     )

@@ -44,6 +44,7 @@ class Pair(NamedTuple):
     weight: Weight
     student: Levels
     teacher: Levels
+    group_size: int = 0  # of a loss of groups: their channels, 0 for all
 
 
 def distill(
@@ -112,14 +113,18 @@ def _imitate_pairs(
         teacher += pair.teacher
     if torch.is_grad_enabled() and all(mode == "none" for mode in modes):
         checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
+    unit = options.normalizer == "none"
     scores = norm = None
     if mask is not None:
         scores, norm = _given_scores(mask)
-    elif process_group is not None and teacher_logits is not None:
+    elif (process_group is not None or unit) and teacher_logits is not None:
         with torch.no_grad():
             scores, norm = VERBS[backend].score(teacher_logits)
-    if process_group is not None and norm is not None:
-        norm = _average(norm, process_group)
+    mass = norm
+    if norm is not None and unit:
+        norm = torch.ones_like(norm)
+    elif norm is not None and process_group is not None:
+        norm = mass = _average(norm, process_group)
     logits: Levels = ()  # the first term's teachers, where that is the class term
     if scores is None and teacher_logits is not None and not LOSSES[pairs[0].loss].takes_logits:
         logits = teacher_logits
@@ -129,12 +134,12 @@ def _imitate_pairs(
     if not return_terms:
         return loss
     terms, (values, *made) = found[: len(pairs)], found[len(pairs) :]
-    scores, norm = made or (scores, norm)
+    scores, mass = made or (scores, mass)
     assert scores is not None
-    assert norm is not None
+    assert mass is not None
     names = (pair.weight_name for pair in pairs)
     parts = dict(zip(names, zip(terms, values.split(len(like)), strict=True), strict=True))
-    return Found(loss, parts, split_levels(scores, like), norm)
+    return Found(loss, parts, split_levels(scores, like), mass)
 
 
 def _table_of(pairs: Sequence[Pair], options: Options) -> Table:
@@ -143,7 +148,8 @@ def _table_of(pairs: Sequence[Pair], options: Options) -> Table:
     if options.normalizer == "mass_channels":
         channels = tuple(z.shape[1] for pair in pairs for z in pair.teacher)
     make = make_table if is_compiling() else make_table_once  # Dynamo knows no cache
-    return make(options, losses, len(pairs[0].teacher), channels)
+    groups = tuple(pair.group_size for pair in pairs)
+    return make(options, losses, groups, len(pairs[0].teacher), channels)
 
 
 def _grad_mode(pair: Pair, grad_mode: str, return_terms: bool) -> str:

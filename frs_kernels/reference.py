@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype, entry_columns, level_slices, levels_in_turn, require_entries
-from frs_kernels.losses import LOSSES
+from frs_kernels.losses import LOSSES, Grouped, group_size
 from frs_kernels.row_losses import NUMBERS, ROW_LOSSES
 
 
@@ -74,18 +74,25 @@ def imitate(
         scale, eps: for each entry what its share is multiplied by, and what is added to its norm. Empty: 1 and 0.
         loss, weight, factor, temperature, beta, want_grad: for each term the name of its loss, a number, a 0-dim tensor
             (None for 1), what divides logits inside the loss (which is then multiplied by its square), the beta of
-            "smooth_l1", and whether its entries' gradients are wanted.
+            "smooth_l1" and "qfl", or how many channels a group of "softmax_kl" has (0: all of the entry's), and whether
+            its entries' gradients are wanted.
         want_loss: whether total and values are.
         joint: whether every entry's norm is the sum of all levels'.
 
     Returns:
         total (); values (T + E,), the terms' and then the entries'; both empty without want_loss. The gradients that
         are wanted, in the order of the entries, in the student's dtypes and strides.
+
+    Raises:
+        RuntimeError: the table does not fit the tensors.
     """
     level, term, scale, eps = entry_columns(len(student), len(loss), level, term, scale, eps)
     dtype = accumulate_dtype(*student, *teacher)
     slices = level_slices(student, level, scores.shape[0])
     require_entries(term, len(loss))
+    for x, t in zip(student, term, strict=True):
+        if isinstance(LOSSES[loss[t]], Grouped):
+            group_size(beta[t], x.shape[1])
     if joint:
         norm = norm.sum().expand_as(norm)
     values: list[Tensor] = []
@@ -124,11 +131,12 @@ def _imitate_entry(
     A block at a time: what is computed on the way is as large as a block, and stays in the caches.
     """
     at, takes_logits = LOSSES[loss]
+    whole = isinstance(LOSSES[loss], Grouped)
     tau = temperature if takes_logits else 1.0
     grad = None if outer is None else torch.empty_like(x)
     coefficient = None if outer is None else share * (outer * tau)
     sums = []
-    for x_b, z_b, share_b, coefficient_b, grad_b in _blocks(x, z, share, coefficient, grad):
+    for x_b, z_b, share_b, coefficient_b, grad_b in _blocks(x, z, share, coefficient, grad, whole=whole):
         pair = [v.to(share.dtype) for v in (x_b, z_b)]
         value, slope = at(*(pair if tau == 1 else [v / tau for v in pair]), beta, want_loss)
         if value is not None:
@@ -141,8 +149,9 @@ def _imitate_entry(
     return (total if tau == 1 else total * tau**2), grad
 
 
-def _blocks(x: Tensor, *others: Tensor | None) -> list[Any]:
-    """The same parts of several (N, C, H, W) tensors, C x's or 1. A compiler, which cuts by itself, sees them whole.
+def _blocks(x: Tensor, *others: Tensor | None, whole: bool = False) -> list[Any]:
+    """The same parts of several (N, C, H, W) tensors, C x's or 1; with `whole`, all channels of some rows. A compiler,
+    which cuts by itself, sees them whole.
 
     On a CPU 65,536 values a thread. RetinaNet at 400x672 so takes 15 ms and 1.2 times the gradients' memory; with half
     of that 17 ms; whole, 17 ms where the process keeps its memory, 27 where it does not, and 3.3 times (Intel Xeon with
@@ -159,9 +168,9 @@ def _blocks(x: Tensor, *others: Tensor | None) -> list[Any]:
         return [slice(i, i + step) for i in range(0, length, step)]
 
     n, c, h, w = x.shape
-    whole = [slice(None)]
-    interleaved = x.stride(1) < x.stride(2)  # channels_last
-    channels, rows = (whole, cut(h, c * w)) if interleaved else (cut(c, h * w), whole)
+    every = [slice(None)]
+    by_rows = whole or x.stride(1) < x.stride(2)  # channels_last
+    channels, rows = (every, cut(h, c * w)) if by_rows else (cut(c, h * w), every)
     return [
         tuple(v if v is None else v[i, k if v.shape[1] == c else slice(None), r] for v in (x, *others))
         for i, k, r in itertools.product(cut(n, c * h * w), channels, rows)

@@ -51,10 +51,7 @@ def pkd(s: Tensor, t: Tensor, scale: float, _: float, eps: float) -> tuple[Tenso
     n, channels = s.numel() // s.shape[1], s.shape[1]
     if n < 2:
         return s.sum() * 0, s.new_zeros(channels, NUMBERS)
-    over = (0, 2, 3)
-    means = [v.mean(over, keepdim=True) for v in (s, t)]
-    d, e = s - means[0], t - means[1]
-    sums = torch.stack([d.sum(over), e.sum(over), (d * d).sum(over), (e * e).sum(over), (d * e).sum(over)]).double()
+    means, sums = (torch.cat(parts, 1) for parts in zip(*(_sums(x, z) for x, z in _blocks(s, t)), strict=True))
     d_sum, e_sum, dd, ee, de = sums
     square_s, square_t, product = dd - d_sum * d_sum / n, ee - e_sum * e_sum / n, de - d_sum * e_sum / n
     sigma, rho = ((square.clamp_min(0) / (n - 1)).sqrt() for square in (square_s, square_t))
@@ -66,8 +63,28 @@ def pkd(s: Tensor, t: Tensor, scale: float, _: float, eps: float) -> tuple[Tenso
     pull = torch.where(sigma == 0, 0.0, p * q * product / ((n - 1) * sigma))
     a, b = share * p * (eps * p * p + pull), share * p * q
     c = b * (e_sum / n) - a * (d_sum / n)
-    numbers = [means[0].flatten().double(), means[1].flatten().double(), a, b, c]
+    numbers = [*means.double(), a, b, c]
     return value.to(s.dtype), torch.stack(numbers, 1).to(s.dtype)
+
+
+def _sums(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels' means (2, C), and the sums (5, C) of d, e, d^2, e^2 and d e, what is left of s and of t."""
+    over = (0, 2, 3)
+    means = [v.mean(over, keepdim=True) for v in (s, t)]
+    d, e = s - means[0], t - means[1]
+    sums = [d.sum(over), e.sum(over), *((x * y).sum(over) for x, y in ((d, d), (e, e), (d, e)))]
+    return torch.stack([v.flatten() for v in means]), torch.stack(sums).double()
+
+
+def _blocks(s: Tensor, t: Tensor) -> list[tuple[Tensor, ...]]:
+    """Some channels of both at a time: what is computed on the way stays in a CPU's caches.
+
+    A compiler cuts by itself; a GPU has no use for it.
+    """
+    if torch.compiler.is_compiling() or s.device.type != "cpu":
+        return [(s, t)]
+    channels = max(16, (1 << 17) * s.shape[1] // s.numel())  # 64 bytes where channels are inner
+    return list(zip(s.split(channels, 1), t.split(channels, 1), strict=True))
 
 
 def cwd(s: Tensor, t: Tensor, scale: float, temperature: float, _: float) -> tuple[Tensor, Tensor]:
@@ -75,16 +92,22 @@ def cwd(s: Tensor, t: Tensor, scale: float, temperature: float, _: float) -> tup
     rows = s.shape[0] * s.shape[1]
     if s.numel() == 0:
         return s.sum(), s.new_zeros(rows, NUMBERS)
+    parts = zip(*(_weights(x, z, temperature) for x, z in _blocks(s, t)), strict=True)
+    most_s, most_t, total_s, total_t, apart = (torch.cat(part, 1) for part in parts)
+    kl = apart / total_t + total_s.log() - total_t.log()
+    share = scale / rows
+    a, b = (share * temperature / total for total in (total_s, total_t))
+    numbers = [most_s, most_t, a, b, torch.zeros_like(a)]
+    return (kl.sum() * (share * temperature**2)).to(s.dtype), torch.stack(numbers, 2).flatten(0, 1).to(s.dtype)
+
+
+def _weights(s: Tensor, t: Tensor, temperature: float) -> list[Tensor]:
+    """(N, C) each: maxima, sums of exponentials, and of t's times how far the shifted logits of t are above s's."""
     most = [v.amax((2, 3), keepdim=True) for v in (s, t)]
     x, z = ((v - m) / temperature for v, m in zip((s, t), most, strict=True))
     weights = z.exp()
-    totals = [x.exp().sum((2, 3)).double(), weights.sum((2, 3)).double()]
-    apart = (weights * (z - x)).sum((2, 3)).double()
-    kl = apart / totals[1] + totals[0].log() - totals[1].log()
-    share = scale / rows
-    a, b = (share * temperature / total for total in totals)
-    numbers = [*(m.flatten(1).squeeze(1).double().view_as(a) for m in most), a, b, torch.zeros_like(a)]
-    return (kl.sum() * (share * temperature**2)).to(s.dtype), torch.stack(numbers, 2).flatten(0, 1).to(s.dtype)
+    apart = weights * (z - x)
+    return [*(m[:, :, 0, 0].double() for m in most), *(v.sum((2, 3)).double() for v in (x.exp_(), weights, apart))]
 
 
 ROW_LOSSES = {

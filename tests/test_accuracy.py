@@ -66,6 +66,8 @@ def test_an_expanded_teacher(rng, backend, device, axis):
         {"cls_loss": "qfl", "beta": 1.5, "normalizer": "total_mass"},
         {"cls_loss": "qfl_detached", "beta": 2.0, "temperature": 0.5, "level_weights": [0.5, 2]},
         {"cls_loss": "qfl_detached", "beta": 0.5, "feat_loss": "smooth_l1"},
+        {"cls_loss": "softmax_kl"},
+        {"cls_loss": "softmax_kl", "temperature": 2.5, "normalizer": "total_mass", "level_weights": [0.5, 2]},
     ],
     ids=str,
 )

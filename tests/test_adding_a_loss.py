@@ -61,7 +61,7 @@ USE = """
 using namespace frs;
 int main() {
   for (int i = 0; i < static_cast<int>(Loss::COUNT); ++i)
-    EveryLoss::with(static_cast<Loss>(i), [](auto loss) {
+    EveryPointwise::with(static_cast<Loss>(i), [](auto loss) {
       using Known = Traits<decltype(loss)::value>;
       const auto [value, slope] = Known::at(3.0, 1.0, 1.0);
       if (std::string(Known::name) == "quartic") std::printf("%g %g", value, slope);
@@ -87,7 +87,7 @@ using LossConstant"""
 def compile_with(folder: Path, named: bool, traits: bool) -> subprocess.CompletedProcess[str]:
     text = (CHECKOUT / "csrc/pointwise.h").read_text()
     if named:
-        text, count = re.subn(r"(enum class Loss[^}]*?)COUNT", r"\1quartic, COUNT", text)
+        text, count = re.subn(r"(enum class Loss[^}]*?)POINTWISE,", r"\1quartic, POINTWISE,", text)
         assert count == 1
     if traits:
         text, count = re.subn(r"\ntemplate <Loss L>\nusing LossConstant", lambda _: TRAITS, text)

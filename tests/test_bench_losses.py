@@ -25,7 +25,7 @@ from rich.console import Console
 @pytest.mark.parametrize("name", bench_losses.compared())
 def test_each_is_its_published_form(name):
     loss = bench_losses.compared()[name]
-    inputs = Case("gfl", 64, 64, 1).inputs("cpu")
+    inputs = Case("gfl", 64, 64, 1, logits=loss.channels).inputs("cpu")
     assert bench_losses.fault(partial(loss.ours, backend="torch"), loss.published, inputs) is None
     wrong = bench_losses.fault(lambda x, z: 1.01 * loss.published(x, z), loss.published, inputs)
     assert wrong is not None

@@ -30,7 +30,7 @@ def walks():
     return sass.walks_of(sass.code_of(sass.LIBRARY, sass.ARCHITECTURE))
 
 
-@pytest.fixture(params=resources.VERBS)
+@pytest.fixture(params=resources.KERNELS)
 def kernels(request, library):
     found = [k for k in library if k.verb == request.param]
     assert found
@@ -56,6 +56,9 @@ def test_every_architecture_has_every_kernel(kernels):
     verb = kernels[0].verb
     if verb == "scale":
         assert first == {()}
+        return
+    if verb == "softmax":
+        assert len(first) == 7  # as imitate, but fp64 one number at a time
         return
     assert {arguments[0] for arguments in first if sass.packet(arguments) > 1} == DTYPES
     if verb == "score":

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 NATIVE = ROOT / "tests" / "native"
-VERBS = ("score", "imitate", "distill", "scale")
+KERNELS = ("score", "imitate", "softmax", "distill", "scale")
 FLAGS = (
     "-std=c++20", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Werror",
     "-Wno-unknown-pragmas",
@@ -58,9 +58,9 @@ class Fault(NamedTuple):
         return f"{self.file}: {self.old.strip()} -> {self.new.strip() or 'nothing'} [{self.which}]"
 
 
-BARRIERS = {"imitate.cu": 1, "score.cu": 1, "walks.cuh": 3, "slots.cuh": 4}
+BARRIERS = {"terms.cuh": 1, "score.cu": 1, "walks.cuh": 3, "slots.cuh": 4}
 # The object that has a fault in a header stands for all that use it.
-USED_BY = {"walks.cuh": "imitate", "slots.cuh": "score", "memory.cuh": "score"}
+USED_BY = {"walks.cuh": "imitate", "terms.cuh": "imitate", "slots.cuh": "score", "memory.cuh": "score"}
 FAULTS = [
     # memory
     Fault("score.cu", "i < units * V && p0 + i < row.positions", "i < units * V", "address", "heap-buffer-overflow"),
@@ -80,7 +80,7 @@ FAULTS = [
         for which in range(count)
         # Of the sums of the rows, which only imitate reads, and of the terms': where the result is wrong by chance, and
         # the sanitizer sees no race; on a GPU that is for compute-sanitizer.
-        if (file, which) not in (("slots.cuh", 3), ("imitate.cu", 0))
+        if (file, which) not in (("slots.cuh", 3), ("terms.cuh", 0))
     ),
     Fault("slots.cuh", "__syncthreads();\n  return sums;", "return sums;", "thread", "FAILED one", of="imitate"),
     # results
@@ -90,8 +90,10 @@ FAULTS = [
     Fault("walks.cuh", " + static_cast<N>(row.eps);", ";", "none", "FAILED one"),
     Fault("walks.cuh", "% row.positions;", "% (row.positions + 1);", "none", "FAILED one"),
     Fault("imitate.cu", "table.starts[index + 1] - 1 - blockIdx.x", "0", "none", "FAILED"),
-    Fault("imitate.cu", "value += call.workspace.terms[term.number];", "", "none", "FAILED"),
-    Fault("imitate.cu", "if (t < call.launch_terms) {", "if (t < 1) {", "none", "FAILED"),
+    Fault("terms.cuh", "value += call.workspace.terms[term.number];", "", "none", "FAILED"),
+    Fault("terms.cuh", "if (t < call.launch_terms) {", "if (t < 1) {", "none", "FAILED"),
+    Fault("softmax.cu", "sum *= exp_neg((most - maximum) * inverse_temperature);", "", "none", "FAILED one"),
+    Fault("softmax.cu", "entry.c / entry.group) abreast", "entry.c) abreast", "address", "heap-buffer-overflow"),
     Fault("slots.cuh", "if (is_last) *workspace.counter = 0;", "", "none", "FAILED"),
     Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
 ]
@@ -168,7 +170,7 @@ def has_sanitizer(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_all_cases_agree_with_the_formulas_and_no_sanitizer_objects(sanitizer, cache, has_sanitizer, tmp_path, rng):
     has_sanitizer(sanitizer)
-    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    sources = [*(CSRC / "cuda" / f"{name}.cu" for name in KERNELS), NATIVE / "driver.cpp"]
     driver = link([compile_object(s, CSRC, sanitizer, cache) for s in sources], sanitizer, tmp_path / "driver")
     seed = int(torch.randint(1 << 31, (), generator=rng))
     done = run_driver(driver, seed)
@@ -181,7 +183,7 @@ def test_all_cases_agree_with_the_formulas_and_no_sanitizer_objects(sanitizer, c
 def test_the_small_case_is_right_without_a_fault(sanitizer, cache, has_sanitizer, tmp_path):
     """What the next test finds is its fault, and not there before."""
     has_sanitizer(sanitizer)
-    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    sources = [*(CSRC / "cuda" / f"{name}.cu" for name in KERNELS), NATIVE / "driver.cpp"]
     driver = link([compile_object(s, CSRC, sanitizer, cache) for s in sources], sanitizer, tmp_path / "driver")
     done = run_driver(driver, 1, "one")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -189,7 +191,7 @@ def test_the_small_case_is_right_without_a_fault(sanitizer, cache, has_sanitizer
 
 def test_offsets_have_64_bits(cache, tmp_path):
     """Images and channels more than 2^31 numbers apart, in memory of which only the pages in use exist."""
-    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    sources = [*(CSRC / "cuda" / f"{name}.cu" for name in KERNELS), NATIVE / "driver.cpp"]
     driver = link([compile_object(s, CSRC, "none", cache) for s in sources], "none", tmp_path / "driver")
     done = run_driver(driver, 1, "far")
     if done.returncode == 77:
@@ -212,7 +214,9 @@ def test_a_planted_fault_is_found(fault, cache, has_sanitizer, tmp_path):
     faulty = fault.of or USED_BY.get(fault.file, fault.file.removesuffix(".cu"))
     # First: of an inline function that several objects have, the linker keeps the first one's.
     objects = [compile_object(csrc / "cuda" / f"{faulty}.cu", csrc, fault.finder, tmp_path)]
-    objects += [compile_object(CSRC / "cuda" / f"{v}.cu", CSRC, fault.finder, cache) for v in VERBS if v != faulty]
+    objects += [
+        compile_object(CSRC / "cuda" / f"{name}.cu", CSRC, fault.finder, cache) for name in KERNELS if name != faulty
+    ]
     objects.append(compile_object(NATIVE / "driver.cpp", CSRC, fault.finder, cache))
     driver = link(objects, fault.finder, tmp_path / "driver")
     # Without a barrier threads may also wait for ever before the race is seen; that has been seen once.

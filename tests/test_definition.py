@@ -36,6 +36,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"cls_loss": "qfl", "beta": 1.7, "normalizer": "mass_channels", "level_weights": [0.5, 0.0, 2]},
     {"cls_loss": "qfl", "beta": 0.0, "feat_loss": "smooth_l1"},
     {"cls_loss": "qfl_detached"},
+    {"cls_loss": "softmax_kl"},
+    {"cls_loss": "softmax_kl", "temperature": 2.5, "normalizer": "mass_channels", "eps": 0.3},
     {"cls_loss": "qfl_detached", "beta": 0.5, "temperature": 0.5, "eps": 0.3},
 ]
 

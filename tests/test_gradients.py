@@ -49,6 +49,7 @@ def away_from_kinks(p: Pyramid) -> Pyramid:
         {"cls_loss": "qfl", "beta": 2.0, "temperature": 2.0},
         {"cls_loss": "qfl", "beta": 0.5},
         {"cls_loss": "qfl_detached", "beta": 0.0},
+        {"cls_loss": "softmax_kl", "temperature": 2.0},
     ],
     ids=str,
 )
@@ -62,7 +63,7 @@ def test_gradcheck(rng, backend, device, options):
 
 
 @each_backend
-@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl", "qfl"])
+@pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "bce", "kl", "qfl", "softmax_kl"])
 def test_gradcheck_of_masked_imitation(rng, backend, device, loss):
     p = away_from_kinks(tiny(rng, device, dtype=torch.float64))
     mask = [torch.rand(s[:, 0].shape, generator=rng, dtype=torch.float64).to(device) for s in p.s]

@@ -310,6 +310,8 @@ def test_check_in_16_bits(levels):
     for dtype in (torch.bfloat16, torch.float16):
         logs = [z.log_softmax(1).to(dtype) for z in levels[3]]
         assert check(*levels[:3], logs).findings[0].startswith("teacher_logits are the logarithm of a softmax")
+        of_softmax = check(*levels[:3], logs, cls_loss="softmax_kl").findings
+        assert not any("logarithm" in finding for finding in of_softmax)
         soft = [z.softmax(1).to(dtype) for z in levels[3]]
         assert "look like a softmax's" in check(*levels[:3], soft).findings[0]
 

@@ -46,7 +46,7 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "feat_loss": draw(st.sampled_from(["mse", "l1", "smooth_l1"])),
         "beta": draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])),
-        "cls_loss": draw(st.sampled_from(["bce", "kl", "qfl", "qfl_detached"])),
+        "cls_loss": draw(st.sampled_from(["bce", "kl", "qfl", "qfl_detached", "softmax_kl"])),
         "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
         "normalizer": draw(st.sampled_from(["mass", "mass_channels", "total_mass"])),
         "eps": draw(st.sampled_from([0.0, 1e-9, 2.0])),

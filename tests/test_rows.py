@@ -99,13 +99,13 @@ def in_dtype(loss: Loss, s: Levels, t: Levels, dtype: torch.dtype) -> tuple[Tens
     return value.detach(), gradients(value, wide)
 
 
-def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, **options: Any) -> None:
+def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, roundings: int = 8) -> None:
     """Within twice the error of the published form in the same dtype (fp32 for 16 bits), and a few roundings."""
     working = torch.float64 if torch.float64 in (s[0].dtype, t[0].dtype) else torch.float32
     eps = torch.finfo(working).eps * (4 if working == torch.float64 else 1)  # the truth is rounded to fp64, too
     right, grads = in_dtype(loss, s, t, torch.float64)
     near, near_grads = in_dtype(loss, s, t, working)
-    got = loss.ours(s, t, backend=backend, **options)
+    got = loss.ours(s, t, backend=backend)
     assert got.dtype == working
     assert got.shape == ()
     bound = 2 * abs(near - right).item() + 16 * eps * (abs(right.item()) + len(s) / 8)
@@ -114,7 +114,7 @@ def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, **options: Any)
         assert mine.dtype == x.dtype
         assert mine.stride() == torch.empty_like(x).stride()
         swing = max(r.abs().max().item(), loss.swing(x.detach().cpu()))
-        allowed = 2 * (e.double() - r).abs().max().item() + 8 * eps * swing
+        allowed = 2 * (e.double() - r).abs().max().item() + roundings * eps * swing
         off = (mine.cpu().double() - r).abs() - ulp(r, x.dtype)
         assert off.max().item() <= allowed
 
@@ -164,11 +164,12 @@ def test_pkd_far_from_zero(rng, backend, device, layout):
 
 @each_backend
 def test_pkd_whose_first_number_is_far_from_the_others(rng, backend, device):
+    """Where it is what a tile's sums are formed about, they are much larger than what is left of them."""
     s, t = levels(rng, ((2, 3, 20, 30),), device=device)
     with torch.no_grad():
         for v in (*s, *t):
             v[0, :, 0, 0] = 60.0
-    assert_right(PKD, s, t, backend)
+    assert_right(PKD, s, t, backend, roundings=32)
 
 
 @each_backend

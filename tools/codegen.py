@@ -29,15 +29,27 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import frs_kernels.triton.imitate as imitate_module
+import frs_kernels.triton.moments as moments_module
 import frs_kernels.triton.scale as scale_module
 import frs_kernels.triton.score as score_module
-from frs_kernels.losses import LOSSES
+import frs_kernels.triton.softmax as softmax_module
+from frs_kernels.levels import accumulate_dtype
+from frs_kernels.losses import LOSSES, Pointwise
+from frs_kernels.row_losses import ROW_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODULES = {
+    "score": score_module,
+    "imitate": imitate_module,
+    "softmax": softmax_module,
+    "scale": scale_module,
+    "moments": moments_module,
+    "moments_backward": moments_module,
+}
 # H * W of an image of 800 x 1344: 16,800 and 4,200 positions are a multiple of 8, the rest is not
 SIZES = ((8, 16), (8, 8), (4, 4), (3, 5), (1, 3))
 
@@ -50,7 +62,7 @@ class Case(NamedTuple):
     teacher: str
     layout: str
     channels: int
-    loss: str = ""  # of imitate; "mse+bce" is a step: features of 256 channels, and logits
+    loss: str = ""  # of imitate, and along rows; "mse+bce" is a step: features of 256 channels, and logits
     mode: str = ""  # of imitate: "loss", "loss+grad" or "grad"
     levels: int = 5
     temperature: float = 1.0
@@ -72,6 +84,14 @@ BUDGETS = {
     Case("score", "fp32", "fp32", "nchw", 720): 3.5,
     Case("score", "bf16", "bf16", "nchw", 720): 3.5,
     Case("score", "fp16", "fp16", "nchw", 720): 3.5,
+    Case("moments", "fp32", "fp32", "nchw", 256, "pkd"): 18,
+    Case("moments", "bf16", "bf16", "nchw", 256, "pkd"): 18,
+    Case("moments", "fp32", "fp32", "nchw", 256, "cwd"): 28,
+    Case("moments", "bf16", "bf16", "nchw", 256, "cwd"): 28,
+    Case("moments_backward", "fp32", "fp32", "nchw", 256, "pkd"): 14,
+    Case("moments_backward", "bf16", "bf16", "nchw", 256, "pkd"): 14,
+    Case("moments_backward", "fp32", "fp32", "nchw", 256, "cwd"): 18,
+    Case("moments_backward", "bf16", "bf16", "nchw", 256, "cwd"): 18,
 }
 
 
@@ -123,12 +143,13 @@ def cases(quick: bool) -> Iterator[Case]:
     What has a budget. In every dtype: a step, both terms in one launch, in every layout and tile; every loss with its
     gradient; mse and bce alone, and their gradient alone; the heaviest, kl, in every layout; a temperature; levels that
     do not begin on 16 bytes. Levels packed as rows of one tensor. A step of every other pair of dtypes, and of other
-    numbers of levels.
+    numbers of levels. The losses along rows in every dtype and layout.
     """
     if quick:
         yield Case("score", "fp32", "fp32", "nchw", 80)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse", "loss+grad")
         yield Case("imitate", "bf16", "bf16", "nhwc", 80, "bce", "loss+grad")
+        yield Case("softmax", "bf16", "bf16", "nchw", 68, "softmax_kl", "loss+grad")
         yield Case("scale", "bf16", "bf16", "nchw", 80)
         return
     yield from BUDGETS
@@ -138,8 +159,10 @@ def cases(quick: bool) -> Iterator[Case]:
         for layout, channels in tiles:
             yield Case("score", dtype, dtype, layout, channels)
             yield Case("imitate", dtype, dtype, layout, channels, "mse+bce", "grad" if dtype == "fp16" else "loss+grad")
-        for loss in LOSSES:
+        for loss in (name for name, found in LOSSES.items() if isinstance(found, Pointwise)):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, "loss+grad")
+        for layout in ("nchw", "nhwc", "strided"):  # the bins of GFL's boxes
+            yield Case("softmax", dtype, dtype, layout, 68, "softmax_kl", "grad" if dtype == "fp16" else "loss+grad")
         for loss, mode in itertools.product(("mse", "bce"), ("loss", "grad")):
             yield Case("imitate", dtype, dtype, "nchw", 256, loss, mode)
         for layout in ("nhwc", "strided"):
@@ -152,6 +175,14 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case("imitate", dtype, dtype, "rows", 80, "mse+bce", "loss+grad")
     for student, teacher in itertools.permutations(DTYPES, 2):
         yield Case("imitate", student, teacher, "nchw", 80, "mse+bce", "loss+grad")
+    for verb, loss in itertools.product(("moments", "moments_backward"), ROW_LOSSES):
+        for dtype, (layout, channels) in itertools.product(DTYPES, (("nchw", 256), ("nhwc", 256), ("strided", 80))):
+            yield Case(verb, dtype, dtype, layout, channels, loss)
+        for layout, channels in (("nchw", 3), ("nhwc", 3), ("misaligned", 256), ("rows", 80)):
+            yield Case(verb, "bf16", "bf16", layout, channels, loss)
+        for student, teacher in (("bf16", "fp32"), ("fp32", "bf16")):
+            yield Case(verb, student, teacher, "nchw", 80, loss)
+        yield Case(verb, "bf16", "bf16", "nchw", 256, loss, levels=17)
     for levels in (1, 3, 8):
         yield Case("score", "bf16", "bf16", "nchw", 256, levels=levels)
         yield Case("imitate", "bf16", "bf16", "nchw", 256, "mse+bce", "loss+grad", levels=levels)
@@ -182,6 +213,14 @@ def call(case: Case) -> None:
         score_module.score(student)
     elif case.kernel == "scale":
         scale_module.scale_(student + teacher, torch.ones(()))
+    elif case.kernel == "moments":
+        scale = [1.0] * case.levels
+        moments_module.moments(student, teacher, case.loss, scale, 1.0, None, case.temperature, 0.0)
+    elif case.kernel == "moments_backward":
+        rows = torch.zeros(
+            sum(map(ROW_LOSSES[case.loss].count, student)), 5, dtype=accumulate_dtype(*student, *teacher)
+        )
+        moments_module.moments_backward(student, teacher, rows, case.loss, 1.0, torch.ones(()), case.temperature)
     else:
         scores = torch.zeros(
             sum(x[:, 0].numel() for x in student[: case.levels]), dtype=torch.float64 if "fp64" in case else None
@@ -191,14 +230,15 @@ def call(case: Case) -> None:
             student, teacher, scores, scores[: case.levels],
             [e % case.levels for e in range(entries)], [e // case.levels for e in range(entries)],
             [1.0] * entries, [0.0] * entries, losses, [1.0] * terms,
-            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms, [1.0] * terms,
+            [torch.ones(()) if case.mode == "grad" else None] * terms, [case.temperature] * terms,
+            [17.0 if loss == "softmax_kl" else 1.0 for loss in losses],
             ["grad" in case.mode] * terms, "loss" in case.mode,
         )  # fmt: skip
 
 
 def record(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The kernel and the arguments that the launcher of this case launches it with."""
-    module = {"score": score_module, "imitate": imitate_module, "scale": scale_module}[case.kernel]
+    module = MODULES[case.kernel]
     name = f"{case.kernel}_kernel"
     kernel = getattr(module, name)
     recorder = Recorder(kernel)
@@ -233,7 +273,7 @@ def read(case: Case, architecture: int, cubin: bytes) -> Report:
         file.write(cubin)
         file.flush()
         text = run(TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name)
-    loads = re.findall(r"\bLDG\S*", text)
+    loads = tensor_loads(text)
     wide = sum(".128" in load for load in loads)
     registers, stack = (int(re.findall(rf"{key}:(\d+)", text)[0]) for key in ("REG", "STACK"))
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
@@ -242,13 +282,18 @@ def read(case: Case, architecture: int, cubin: bytes) -> Report:
     )
 
 
+def tensor_loads(sass: str) -> list[str]:
+    """The global loads but those of 16 bytes of slots, which go past L1."""
+    return [load for load in re.findall(r"\bLDG\S*", sass) if not (".128" in load and "STRONG" in load)]
+
+
 def instructions_a_value(case: Case, sass: str) -> float | None:
     """Instructions in the innermost loop of 16-byte loads, for each of the values that a thread loads in one round.
 
-    It is where an aligned level spends its time. The loop over the slots loads 8 bytes at once.
+    It is where an aligned level spends its time. moments walks twice over a tile for cwd: the maxima, then the sums.
     """
     bytes_a_value = DTYPES[case.student].itemsize
-    bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel == "imitate" else 0
+    bytes_a_value += DTYPES[case.teacher].itemsize if case.kernel != "score" else 0
     code = [(int(at, 16), words) for at, words in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
     counts = []
     for end, words in code:
@@ -256,10 +301,11 @@ def instructions_a_value(case: Case, sass: str) -> float | None:
         if jump is None or int(jump[1], 16) >= end:
             continue
         body = [other for at, other in code if int(jump[1], 16) <= at <= end]
-        loads = re.findall(r"\bLDG\S*", " ".join(body))
+        loads = tensor_loads(" ".join(body))
         if loads and all(".128" in load for load in loads) and case.kernel != "scale":
             counts.append(len(body) / (16 * len(loads) / bytes_a_value))
-    return counts[0] if len(counts) == 1 else None
+    walks = 2 if (case.kernel, case.loss) == ("moments", "cwd") else 1
+    return sum(counts) if len(counts) == walks else None
 
 
 def run(*command: object) -> str:
@@ -278,11 +324,12 @@ aligned, or takes more instructions a value than its budget.
 
 ## Instructions a value
 
-Those of the loop that walks over the channels of a level whose rows are aligned, for each value that a thread loads in
-one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20 and 14 for mse (fp32, bf16)
-and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp), which takes 32 clocks of a
-warp for them: about as long as the rest takes to issue. On sm_100 two multiplications and additions are one
-instruction.
+Those of the loop that walks over the channels (along rows: the positions) of a level whose lines are aligned, for each
+value that a thread loads in one round. Issue 11 counts on 46 and 48 for bce (bf16, fp32), 33 for its gradient alone, 20
+and 14 for mse (fp32, bf16) and 3.5 for score, on sm_90. A value of bce needs four of the slow unit (two ex2, two rcp),
+which takes 32 clocks of a warp for them: about as long as the rest takes to issue. moments walks twice over a tile of
+cwd, and both loops count; not so what follows once a tile, five sums over 32 values of a thread each (nchw). On sm_100
+two multiplications and additions are one instruction.
 
 | kernel, loss, mode, dtype, layout, channels, levels | sm_{architecture_names} | budget (sm_90) |
 |---|---|---|
@@ -290,10 +337,10 @@ instruction.
 
 ## Registers and loads
 
-Loads are counted in the code: of 16 bytes, and narrower. The narrower serve levels whose rows are not aligned, the
-scores, and the sums over slots; on an aligned level only the last two run. C = 3 in nhwc, the strided layout and
-levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are slices of one
-tensor (N, P, C).
+Loads are counted in the code: of 16 bytes, slots left out, and narrower. The narrower serve levels whose rows are not
+aligned, the scores or the numbers of rows, and sums over slots; on an aligned level only the last ones run. C = 3 in
+nhwc, the strided layout and levels that do not begin on 16 bytes (misaligned) have no aligned rows. In rows levels are
+slices of one tensor (N, P, C).
 
 | kernel, loss, mode, dtype, layout, channels, levels | registers sm_{architecture_names} | 16-byte loads | narrower |
 |---|---|---|---|

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sass
 from sass import LIBRARY, ROOT
 
-VERBS = ("score", "imitate", "scale")
+KERNELS = ("score", "imitate", "softmax", "scale")
 ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor
 
@@ -63,6 +63,11 @@ class Kernel(NamedTuple):
         return f"{self.verb}<{', '.join(self.arguments)}> sm_{self.architecture}"
 
 
+def wide_of(kernel: tuple[str, ...]) -> int:
+    """Bits of a wide access: 128, but of softmax in 16 bits, whose packets are of four numbers, 64."""
+    return 64 if kernel[0] == "softmax" and kernel[1] in ("bfloat16", "half") else 128
+
+
 def kernels() -> Iterator[Kernel]:
     """All kernels of the library, on all architectures."""
     for architecture in ARCHITECTURES:
@@ -81,8 +86,8 @@ def kernels() -> Iterator[Kernel]:
                 used["LOCAL"],
                 used["SHARED"],
                 len(ops),
-                sass.widths(ops, "LDG").get(128, 0),
-                sass.widths(ops, "STG").get(128, 0),
+                sass.widths(ops, "LDG").get(wide_of(name), 0),
+                sass.widths(ops, "STG").get(wide_of(name), 0),
                 sum(op.split(".")[0] in ("LDL", "STL") for op in ops),
             )
 
@@ -95,8 +100,9 @@ spills, takes more than {most} registers, or has no 16-byte access where rows ar
 
 {kernels} kernels for {architectures} architectures. Most registers: {registers}. Stack and local memory: {memory}
 bytes. Spill instructions: {spills}. Template arguments: dtypes of student and teacher (Any: read at run time), what is
-computed in, the numbers that are moved at once, the losses (usual: mse and bce at temperature 1; every: all five), and
-what is wanted of them (any: read at run time). Instructions and accesses are sm_90's.
+computed in, the numbers that are moved at once, the losses (usual: mse and bce at temperature 1; every: all pointwise
+ones), and what is wanted of them (any: read at run time). `softmax` is imitate of a loss of groups; in 16 bits its
+accesses are of 8 bytes. Instructions and accesses are sm_90's.
 
 | kernel | registers sm_80 / 90 / 100 / 120 | shared bytes | instructions | 16-byte loads | 16-byte stores |
 |---|---|---|---|---|---|
@@ -129,7 +135,7 @@ def markdown(found: list[Kernel]) -> str:
     """docs/codegen-cuda.md: a line a kernel, then a line a walk."""
     record = json.loads((LIBRARY.parent / "build.json").read_text())
     lines = []
-    in_order = sorted(found, key=lambda k: (VERBS.index(k.verb), k.arguments, k.architecture))
+    in_order = sorted(found, key=lambda k: (KERNELS.index(k.verb), k.arguments, k.architecture))
     for _, group in itertools.groupby(in_order, key=lambda k: (k.verb, k.arguments)):
         made = list(group)
         registers = " / ".join(str(k.registers) for k in made)

@@ -117,7 +117,8 @@ def enumerators(path: str, name: str) -> list[str]:
     return [word.strip() for word in found[1].split(",")]
 
 
-LOSSES = enumerators("pointwise.h", "Loss")[:-1]
+_NAMES = enumerators("pointwise.h", "Loss")
+LOSSES = _NAMES[: _NAMES.index("POINTWISE")]
 WANTS = enumerators("cuda/imitate.cu", "Want")
 
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,14 +22,18 @@ struct Kernels {
   const char* name;
   decltype(&baseline::score_tile) score_tile;
   decltype(&baseline::imitate_tile) imitate_tile;
+  decltype(&baseline::softmax_tile) softmax_tile;
   decltype(&baseline::scale_run) scale_run;
   decltype(&baseline::moments_tile) moments_tile;
   decltype(&baseline::align_tile) align_tile;
   decltype(&baseline::number) number;
 };
 
-#define FRS_KERNELS_OF(ISA) \
-  Kernels { #ISA, ISA::score_tile, ISA::imitate_tile, ISA::scale_run, ISA::moments_tile, ISA::align_tile, ISA::number }
+#define FRS_KERNELS_OF(ISA)                                                                                          \
+  Kernels {                                                                                                          \
+    #ISA, ISA::score_tile, ISA::imitate_tile, ISA::softmax_tile, ISA::scale_run, ISA::moments_tile, ISA::align_tile, \
+        ISA::number                                                                                                  \
+  }
 
 // The widest set of instructions that this CPU has; FRS_CPU=baseline|avx2|avx512 asks for one no wider.
 Kernels choose() {
@@ -53,7 +58,7 @@ const Kernels& kernels() {
 }
 
 // The tiles of all levels, numbered level after level.
-template <class L, Cut (*CUT)(const Level&)>
+template <class L, Cut (*CUT)(const L&)>
 class Tiles {
  public:
   Tiles(const L* levels, int64_t count) : levels_(levels), starts_{0} {
@@ -108,6 +113,10 @@ void share_out(int64_t count, int64_t values, const F& f) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
   });
 }
+
+struct alignas(64) Line {
+  char bytes[64];
+};
 
 void write(void* numbers, DType dtype, int64_t at, double value) {
   if (dtype == DType::f64)
@@ -224,7 +233,13 @@ void imitate(const Imitate& call, void* workspace, void*) {
     const Tile tile = tiles[i];
     const Entry& entry = call.entries[tile.index];
     if (!call.total && !entry.grad.data) return;
-    const double sum = with.imitate_tile(call, tile, upstream[entry.term]);
+    double sum;
+    if (entry.group) {
+      const std::unique_ptr<Line[]> scratch(new Line[up(softmax_scratch(entry), sizeof(Line))]);
+      sum = with.softmax_tile(call, tile, upstream[entry.term], scratch.get());
+    } else {
+      sum = with.imitate_tile(call, tile, upstream[entry.term]);
+    }
     if (call.total) slots[i] = sum;
   });
   if (!call.total) return;

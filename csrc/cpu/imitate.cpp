@@ -5,6 +5,7 @@
 //     gradient = upstream * share_p * slope(x_pc, z_pc)           upstream = weight * factor
 #include "isa.h"
 #include "rows.h"
+#include "shares.h"
 
 namespace frs::FRS_ISA {
 namespace {
@@ -71,35 +72,6 @@ inline double imitate_row(const Values<float, S>& v) {
   return sum;
 }
 
-template <class T, class S>
-inline void share_run(T* share, const S* scores, S norm, const Entry& entry, int64_t size) {
-  const S denominator = norm + static_cast<S>(entry.eps);
-  const T scale = static_cast<T>(entry.scale);
-  for (int64_t i = 0; i < size; ++i)
-    share[i] = denominator == 0 ? T(0) : static_cast<T>(scores[i] / denominator) * scale;
-}
-
-template <class S>
-inline S norm_of(const Imitate& call, const Entry& entry) {
-  const S* norm = static_cast<const S*>(call.norm);
-  if (call.joint == 0) return norm[entry.level];
-  S sum = 0;
-  for (int64_t l = 0; l < call.joint; ++l) sum += norm[l];
-  return sum;
-}
-
-// The shares and coefficients of the positions [p0, p1) of a tile.
-template <class T>
-void weigh(const Imitate& call, const Tile& tile, int64_t p0, int64_t p1, T upstream, T* share, T* coefficient) {
-  const Entry& entry = call.entries[tile.index];
-  const int64_t first = entry.first + tile.n * entry.positions() + p0, size = p1 - p0;
-  if (call.score_dtype == DType::f64)
-    share_run(share, static_cast<const double*>(call.scores) + first, norm_of<double>(call, entry), entry, size);
-  else
-    share_run(share, static_cast<const float*>(call.scores) + first, norm_of<float>(call, entry), entry, size);
-  for (int64_t i = 0; i < size; ++i) coefficient[i] = upstream * share[i];
-}
-
 // Repeat each of the `count` numbers for the channels of its position.
 template <class T>
 void spread(T* out, const T* numbers, int64_t count, int64_t channels) {
@@ -162,7 +134,7 @@ template <class T, class S>
 double imitate_tile(const Imitate& call, const Tile& tile, double upstream) {
   const Term& term = call.terms[call.entries[tile.index].term];
   double sum = 0;
-  EveryLoss::with(term.loss, [&](auto loss) {
+  EveryPointwise::with(term.loss, [&](auto loss) {
     constexpr Loss LOSS = decltype(loss)::value;
     if constexpr (Traits<LOSS>::takes_logits) {
       if (term.temperature != 1) {

@@ -7,18 +7,20 @@
 
 // score_tile      writes the scores of a tile; their sum
 // imitate_tile    writes the gradients of a tile, where they are wanted; the sum of share * value
+// softmax_tile    the same of a loss of groups, given the softmax_scratch that tiles.h says
 // scale_run       multiplies the values [begin, end) of a run
 // moments_tile    the sums of each of a tile's rows
 // align_tile      writes the gradients of a tile of a loss along rows
 // number          a number of any dtype
-#define FRS_KERNELS(ISA)                                                 \
-  namespace frs::ISA {                                                   \
-  double score_tile(const Score&, const Tile&);                          \
-  double imitate_tile(const Imitate&, const Tile&, double upstream);     \
-  void scale_run(const Run&, int64_t begin, int64_t end, double factor); \
-  void moments_tile(const Moments&, const Tile&, Sums* of_channels);     \
-  void align_tile(const MomentsBackward&, const Tile&, double upstream); \
-  double number(const void* data, DType);                                \
+#define FRS_KERNELS(ISA)                                                            \
+  namespace frs::ISA {                                                              \
+  double score_tile(const Score&, const Tile&);                                     \
+  double imitate_tile(const Imitate&, const Tile&, double upstream);                \
+  double softmax_tile(const Imitate&, const Tile&, double upstream, void* scratch); \
+  void scale_run(const Run&, int64_t begin, int64_t end, double factor);            \
+  void moments_tile(const Moments&, const Tile&, Sums* of_channels);                \
+  void align_tile(const MomentsBackward&, const Tile&, double upstream);            \
+  double number(const void* data, DType);                                           \
   }
 
 FRS_KERNELS(baseline)

@@ -44,7 +44,25 @@ static inline Cut score_cut(const Level& level) {
   return cut(level, level.interleaved ? TILE / level.c : ROW, level.c);
 }
 
-static inline Cut imitate_cut(const Level& level) {
+constexpr int64_t COLUMN = 64;  // positions of which a loss of groups works on all channels of a group at once
+
+// Whole groups of whole columns: planar as many groups as fill a tile, interleaved all of them, which are neighbours.
+static inline Cut softmax_cut(const Entry& entry) {
+  const int64_t positions = entry.positions(), group = entry.group;
+  if (positions == 0 || entry.n == 0) return {1, entry.c, 0, 0};
+  const int64_t columns = at_least_1(TILE / COLUMN / (entry.interleaved ? entry.c : group));
+  const int64_t length = at_most(columns, up(positions, COLUMN)) * COLUMN;
+  const int64_t groups = entry.interleaved ? entry.c / group : at_least_1(TILE / (length * group));
+  const int64_t channels = at_most(groups * group, entry.c);
+  return {length, channels, up(positions, length), up(entry.c, channels)};
+}
+
+// Bytes that such a tile needs to work in: panels of student, teacher and gradient, two vectors of exponentials for
+// each channel, and the channels of one position.
+static inline int64_t softmax_scratch(const Entry& entry) { return entry.group * (3 * COLUMN + 2 * 8 + 1) * 8; }
+
+static inline Cut imitate_cut(const Entry& level) {
+  if (level.group) return softmax_cut(level);
   if (level.interleaved) return cut(level, TILE / level.c, level.c);
   const Cut rows = cut(level, ROW, 1);
   return cut(level, ROW, TILE / at_least_1(rows.length));

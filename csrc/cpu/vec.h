@@ -113,6 +113,13 @@ struct frs::Primitives<frs::FRS_ISA::F32> {
 #endif
   }
 
+  // The exponent's, and that of what is left, in [1, 2).
+  static FRS_INLINE V log(V a) {
+    const I bits = (I)a, exponent = (bits >> 23) - 127;
+    const V rest = (V)((bits & 0x7fffff) | 0x3f800000);
+    return __builtin_convertvector(exponent, V) * 0.693147181f + log1p(rest - 1.0f);
+  }
+
   static FRS_INLINE V power(V a, float s) { return FRS_ISA::power_by_lanes(a, s); }
 };
 
@@ -210,6 +217,16 @@ FRS_INLINE F32 swap_lanes(F32 v) {
   I32 from = {};
   for (int lane = 0; lane < WIDTH; ++lane) from[lane] = lane ^ APART;
   return __builtin_shuffle(v, from);
+#endif
+}
+// A lane for each of `from`, which counts through a's lanes and then b's.
+FRS_INLINE F32 both_lanes(F32 a, F32 b, I32 from) {
+#if defined(__clang__)
+  F32 picked = a;
+  for (int lane = 0; lane < WIDTH; ++lane) picked[lane] = from[lane] < WIDTH ? a[from[lane]] : b[from[lane] - WIDTH];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, from);
 #endif
 }
 // f over all lanes: halves meet, then quarters, and so on.

@@ -8,40 +8,14 @@
 //     gradient = weight_t * factor_t * share_p * slope(x_pc, z_pc)
 //
 // A launch takes all entries of one pair of dtypes: class logits first, the last level first, since `score` has read
-// that last. A block takes a tile of one image and goes over it as walks.cuh says.
-#include <vector>
-
+// that last. A block takes a tile of one image and goes over it as walks.cuh says. Losses of groups have launches of
+// their own, softmax.cu.
+#include "terms.cuh"
 #include "verbs.cuh"
-#include "walks.cuh"
 
 namespace frs {
 namespace cuda {
 namespace {
-
-constexpr uint32_t MAX_TERMS = 4;  // of a launch
-
-using ImitateTable = Table<ImitateRow>;
-
-struct ImitateTerm {
-  double weight, temperature, beta;
-  const void* factor;
-  DType factor_dtype;
-  Loss loss;
-  uint32_t number;  // of the term in the call
-
-  __device__ __forceinline__ double upstream() const {
-    return weight * (factor ? read_number(factor, factor_dtype) : 1.0);
-  }
-};
-
-struct ImitateCall {
-  ImitateTerm terms[MAX_TERMS];
-  Share share;
-  void *total, *values;
-  Workspace workspace;
-  uint32_t launch_terms, call_terms;
-};
-static_assert(sizeof(ImitateTable) + sizeof(ImitateCall) <= PARAMETER_BYTES);
 
 // The sum of share * value over a tile; writes its gradients.
 template <class W>
@@ -99,37 +73,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<A, V, WANT>)
   } else {
     wait_for_previous();
   }
-  if (!WANT_LOSS || call.total == nullptr || !store_partial(call.workspace, blockIdx.x, sum)) return;
-  A* const values = static_cast<A*>(call.values);
-  const double* const sums = sum_rows(call.workspace, table, [&](uint32_t i, double s) {
-    values[call.call_terms + table.rows[i].entry] = static_cast<A>(s);
-  });
-  __shared__ double weighted[MAX_TERMS];
-  const uint32_t t = threadIdx.x;  // a thread a term
-  if (t < call.launch_terms) {
-    const ImitateTerm& term = call.terms[t];
-    double value = 0;
-    for (uint32_t i = 0; i < table.count; ++i) value += table.rows[i].term == t ? sums[i] : 0;
-    weighted[t] = term.upstream() * value;
-    value += call.workspace.terms[term.number];
-    call.workspace.terms[term.number] = value;
-    values[term.number] = static_cast<A>(value);
-  }
-  __syncthreads();
-  if (t != 0) return;
-  double total = *call.workspace.total;
-  for (uint32_t i = 0; i < call.launch_terms; ++i) total += weighted[i];
-  *call.workspace.total = total;
-  *static_cast<A*>(call.total) = static_cast<A>(total);
+  if (WANT_LOSS) add_up(table, call, sum);
 }
 
 using Kernel = void (*)(ImitateTable, ImitateCall);
-
-// Entries of one launch: one pair of dtypes, at most MAX_ROWS and MAX_TERMS terms.
-struct Group {
-  std::vector<const Entry*> entries;
-  std::vector<int64_t> terms;
-};
 
 struct Chosen {
   Kernel kernel;
@@ -149,7 +96,7 @@ Chosen kernel_of(const Imitate& call, const Group& group) {
   if (usual && all && call.total) return {imitate_kernel<S, T, float, V, Usual, Want::both>, V};
   if (usual && all) return {imitate_kernel<S, T, float, V, Usual, Want::grad>, V};
   if (usual && none) return {imitate_kernel<S, T, float, V, Usual, Want::loss>, V};
-  return {imitate_kernel<S, T, float, V, EveryLoss, Want::any>, V};
+  return {imitate_kernel<S, T, float, V, EveryPointwise, Want::any>, V};
 }
 
 // A pair of dtypes that training uses has kernels of its own: one dtype, or fp32 from a teacher in 16 bits. Others take
@@ -157,46 +104,17 @@ Chosen kernel_of(const Imitate& call, const Group& group) {
 Chosen kernel_of(const Imitate& call, const Group& group) {
   const DType s = group.entries[0]->student.dtype, t = group.entries[0]->teacher.dtype;
   if (call.dtype == DType::f64) {
-    if (s == DType::f64 && t == DType::f64) return {imitate_kernel<double, double, double, 2, EveryLoss, Want::any>, 2};
-    return {imitate_kernel<Any, Any, double, 1, EveryLoss, Want::any>, 1};
+    if (s == DType::f64 && t == DType::f64)
+      return {imitate_kernel<double, double, double, 2, EveryPointwise, Want::any>, 2};
+    return {imitate_kernel<Any, Any, double, 1, EveryPointwise, Want::any>, 1};
   }
   if (s == DType::f32) {
     if (t == DType::bf16) return kernel_of<float, bf16, 4>(call, group);
     if (t == DType::f16) return kernel_of<float, f16, 4>(call, group);
     return kernel_of<float, float, 4>(call, group);
   }
-  if (s != t) return {imitate_kernel<Any, Any, float, 1, EveryLoss, Want::any>, 1};
+  if (s != t) return {imitate_kernel<Any, Any, float, 1, EveryPointwise, Want::any>, 1};
   return s == DType::bf16 ? kernel_of<bf16, bf16, 8>(call, group) : kernel_of<f16, f16, 8>(call, group);
-}
-
-std::vector<Group> groups_of(const Imitate& call) {
-  std::vector<Group> groups;
-  const auto add = [&](const Entry& entry) {
-    for (Group& group : groups) {
-      const auto known = std::find(group.terms.begin(), group.terms.end(), entry.term);
-      const bool fits = known != group.terms.end() || group.terms.size() < MAX_TERMS;
-      const Entry& first = *group.entries[0];
-      if (group.entries.size() == MAX_ROWS || !fits || first.student.dtype != entry.student.dtype ||
-          first.teacher.dtype != entry.teacher.dtype)
-        continue;
-      group.entries.push_back(&entry);
-      if (known == group.terms.end()) group.terms.push_back(entry.term);
-      return;
-    }
-    groups.push_back({{&entry}, {entry.term}});
-  };
-  const auto is_logits = [&](const Entry& entry) {
-    bool is = false;
-    EveryLoss::with(call.terms[entry.term].loss, [&](auto loss) { is = Traits<decltype(loss)::value>::takes_logits; });
-    return is;
-  };
-  for (const bool logits : {true, false})
-    for (int64_t e = call.count - 1; e >= 0; --e) {
-      check_sizes(call.entries[e], "imitate");
-      const bool wanted = call.total || call.entries[e].grad.data;
-      if (wanted && is_logits(call.entries[e]) == logits) add(call.entries[e]);
-    }
-  return groups;
 }
 
 // n cut into equal parts of at most `most`; where they are several, a multiple of `granule` each.
@@ -269,21 +187,8 @@ int64_t plan(const Imitate& call, const Group& group, int width, ImitateTable& t
     const Entry& entry = *group.entries[i];
     ImitateRow& row = table.rows[i];
     table.starts[i] = static_cast<uint32_t>(blocks);
-    row.entry = static_cast<uint16_t>(&entry - call.entries);
-    row.level = static_cast<uint16_t>(entry.level);
-    row.term =
-        static_cast<uint16_t>(std::find(group.terms.begin(), group.terms.end(), entry.term) - group.terms.begin());
+    row = row_of(call, group, entry);
     if (is_empty(entry)) continue;
-    const bool split = !has_positions(entry.student, entry.teacher, entry.grad);
-    row.student = operand_of(entry.student, !split);
-    row.teacher = operand_of(entry.teacher, !split);
-    row.grad = operand_of(entry.grad, !split);
-    row.first = entry.first;
-    row.scale = entry.scale;
-    row.eps = entry.eps;
-    row.channels = static_cast<uint32_t>(entry.c);
-    row.positions = static_cast<uint32_t>(entry.positions());
-    row.width = split ? static_cast<uint32_t>(entry.w) : 0;
     row.interleaved = entry.interleaved;
     row.walk = walk_of(entry, width);
     cut(entry, size, width, row);
@@ -298,38 +203,22 @@ int64_t plan(const Imitate& call, const Group& group, int width, ImitateTable& t
 
 int64_t imitate_blocks(const Imitate& call) {
   int64_t blocks = 1;
-  for (const Group& group : groups_of(call)) {
+  for (const Group& group : groups_of(call, false)) {
     ImitateTable table{};
     blocks = std::max(blocks, plan(call, group, kernel_of(call, group).width, table));
   }
-  return blocks;
+  return std::max(blocks, softmax_blocks(call));
 }
 
 void launch_imitate(const Imitate& call, const Workspace& workspace, void* stream, Begin begin) {
-  for (const Group& group : groups_of(call)) {
+  if (launch_softmax(call, workspace, stream, begin)) begin = Begin::after_previous;
+  for (const Group& group : groups_of(call, false)) {
     const Chosen chosen = kernel_of(call, group);
     ImitateTable table{};
     int64_t blocks = plan(call, group, chosen.width, table);
     if (call.total) blocks = std::max<int64_t>(blocks, 1);  // entries without any position still have a value, 0
     if (blocks == 0) continue;
-    ImitateCall parameters{};
-    parameters.share = {call.scores, call.norm, call.score_dtype, static_cast<uint32_t>(call.joint)};
-    parameters.total = call.total;
-    parameters.values = call.values;
-    parameters.workspace = workspace;
-    parameters.launch_terms = static_cast<uint32_t>(group.terms.size());
-    parameters.call_terms = static_cast<uint32_t>(call.term_count);
-    for (size_t t = 0; t < group.terms.size(); ++t) {
-      const Term& term = call.terms[group.terms[t]];
-      parameters.terms[t] = {term.weight,
-                             term.temperature,
-                             term.beta,
-                             term.factor,
-                             term.factor_dtype,
-                             term.loss,
-                             static_cast<uint32_t>(group.terms[t])};
-    }
-    launch("imitate", chosen.kernel, blocks, stream, begin, table, parameters);
+    launch("imitate", chosen.kernel, blocks, stream, begin, table, parameters_of(call, group, workspace));
     begin = Begin::after_previous;
   }
 }

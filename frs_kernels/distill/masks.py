@@ -79,6 +79,25 @@ def boxes(boxes: Sequence[Tensor], like: Levels, strides: Sequence[int]) -> list
     ]
 
 
+@torch.no_grad()
+def decoupled(objects: Levels, object_weight: float, background_weight: float) -> list[Tensor]:
+    """Objects and background, each a mean of its own: a M / sum M + b (1 - M) / sum(1 - M), 0 where a sum is 0.
+
+    For DeFeat (Guo et al., *Distilling Object Detectors via Decoupled Features*, CVPR 2021), in one pass over the
+    features: give it with normalizer="none", since each part is divided by its own mass already.
+
+    Args:
+        objects: M, the masks (N, H, W) of `boxes`, in [0, 1].
+        object_weight, background_weight: a and b.
+    """
+    return [object_weight * _mean(m) + background_weight * _mean(1 - m) for m in objects]
+
+
+def _mean(mask: Tensor) -> Tensor:
+    mass = mask.sum()
+    return torch.where(mass == 0, 0.0, mask / mass)
+
+
 def _meets(cells: Tensor, height: int, width: int) -> Tensor:
     x0, y0, x1, y1 = cells[:, :, None].unbind(1)
     w, h = (torch.arange(size, device=cells.device) for size in (width, height))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frs_kernels.levels import positions
-from frs_kernels.losses import LOSSES
+from frs_kernels.levels import accumulate_dtype, positions
+from frs_kernels.losses import LOSSES, Grouped, group_size
+from frs_kernels.row_losses import NUMBERS, ROW_LOSSES
 
 if TYPE_CHECKING:
-    from frs_kernels.triton.imitate import Table
+    from frs_kernels.triton.terms import Table
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,6 +69,9 @@ def check_imitate(
         "imitate: student and teacher must have the same shape in every entry",
     )
     check_table(len(student), scores.device, table)
+    for x, t in zip(student, table.term, strict=True):
+        if isinstance(LOSSES[table.loss[t]], Grouped):
+            group_size(table.beta[t], x.shape[1])
     for name, given in (("scores", scores), ("norm", norm)):
         fits = given.dim() == 1 and given.is_contiguous() and given.dtype in (torch.float32, torch.float64)
         require(fits, f"imitate: {name} must be 1-dim, contiguous, and float32 or float64")
@@ -112,13 +116,89 @@ def check_table(entries: int, device: torch.device, table: Table) -> None:
     for name in table.loss:
         require(name in LOSSES, f"imitate: loss {name!r} is unknown; the valid ones are {', '.join(map(repr, LOSSES))}")
     for factor in table.factor:
-        if factor is not None:
-            fits = factor.dim() == 0 and factor.dtype in FLOATS and factor.device == device
-            require(fits, f"imitate: a factor must be None, or 0-dim, floating point and on {device}")
+        check_factor("imitate", factor, device)
     for number in table.temperature:
-        require(0 < number < math.inf, f"imitate: temperature must be positive and finite, got {number}")
+        check_temperature("imitate", number)
     for number in table.beta:
         require(0 <= number < math.inf, f"imitate: beta must be zero or more and finite, got {number}")
+
+
+def check_factor(verb: str, factor: Tensor | None, device: torch.device) -> None:
+    if factor is not None:
+        fits = factor.dim() == 0 and factor.dtype in FLOATS and factor.device == device
+        require(fits, f"{verb}: a factor must be None, or 0-dim, floating point and on {device}")
+
+
+def check_temperature(verb: str, temperature: float) -> None:
+    require(0 < temperature < math.inf, f"{verb}: temperature must be positive and finite, got {temperature}")
+
+
+def check_aligned(
+    verb: str,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    loss: str,
+    factor: Tensor | None,
+    temperature: float,
+) -> None:
+    """What both verbs of the losses along rows need: levels of the same shapes, and a loss.
+
+    Raises:
+        RuntimeError
+    """
+    valid = ", ".join(map(repr, ROW_LOSSES))
+    require(loss in ROW_LOSSES, f"{verb}: loss {loss!r} is unknown; the valid ones are {valid}")
+    require(len(student) > 0, f"{verb}: student is empty; it needs (N, C, H, W) tensors, one a level")
+    check_tensors(verb, "student", student, student[0].device)
+    check_tensors(verb, "teacher", teacher, student[0].device)
+    require(
+        [x.shape for x in student] == [z.shape for z in teacher],
+        f"{verb}: student and teacher must have the same shape in every level",
+    )
+    check_temperature(verb, temperature)
+    check_factor(verb, factor, student[0].device)
+
+
+def check_moments(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    loss: str,
+    scale: Sequence[float],
+    factor: Tensor | None,
+    temperature: float,
+    eps: float,
+) -> None:
+    """Levels of the same shapes, a scale each, and a loss.
+
+    Raises:
+        RuntimeError
+    """
+    check_aligned("moments", student, teacher, loss, factor, temperature)
+    require(len(scale) == len(student), f"moments: scale must have an element a level: {len(student)}")
+    require(0 <= eps < math.inf, f"moments: eps must be zero or more and finite, got {eps}")
+
+
+def check_moments_backward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    rows: Tensor,
+    loss: str,
+    factor: Tensor | None,
+    temperature: float,
+) -> None:
+    """Levels of the same shapes, and what `moments` returned for them.
+
+    Raises:
+        RuntimeError
+    """
+    check_aligned("moments_backward", student, teacher, loss, factor, temperature)
+    shape = (sum(map(ROW_LOSSES[loss].count, student)), NUMBERS)
+    dtype, device = accumulate_dtype(*student, *teacher), student[0].device
+    require(
+        rows.shape == shape and rows.is_contiguous() and rows.dtype == dtype and rows.device == device,
+        f"moments_backward: rows must be what moments returned for these tensors: {shape}, contiguous, {dtype}, on"
+        f" {device}; got {tuple(rows.shape)}, {rows.dtype}, on {rows.device}",
+    )
 
 
 def check_scale(grads: Sequence[Tensor], factor: Tensor) -> None:

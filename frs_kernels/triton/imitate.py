@@ -8,12 +8,12 @@
 
 A program takes BLOCK_P positions of one image and walks over a chunk of their channels. Programs run from the last
 entry to the first, and logits come last among the entries: the teacher's are read from where `score` stopped reading.
+Losses of groups have launches of their own, softmax.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from frs_kernels.levels import accumulate_dtype, entry_columns
-from frs_kernels.losses import LOSSES
+from frs_kernels.losses import LOSSES, Grouped, Pointwise
 from frs_kernels.triton import levels as lv
 from frs_kernels.triton.checks import check_imitate
 from frs_kernels.triton.levels import (
@@ -36,44 +36,9 @@ from frs_kernels.triton.levels import (
     tile_start,
 )
 from frs_kernels.triton.pointwise import ZERO_AT_ZERO, pointwise
-from frs_kernels.triton.slots import store_partial, sum_entry, workspace
-
-
-class Rows(NamedTuple):
-    """What is known of an entry beside its tensors, an element an entry, encoded by `odd` and `halves`."""
-
-    levels: tuple[int, ...]
-    first_positions: tuple[int, ...]  # in the flat scores
-    places: tuple[int, ...]  # of its value; Triton keeps the name `values` for itself
-    scales: tuple[tuple[int, ...], ...]
-    eps: tuple[tuple[int, ...], ...]
-
-
-class Terms(NamedTuple):
-    """What is known of a term: `numbers_of`, and its factor."""
-
-    numbers: tuple[tuple[int, ...], ...]
-    factors: tuple[Tensor | None, ...]
-
-
-@triton.jit
-def shares(scores_at, mask, norm_at, eps, scale, NORMS: tl.constexpr, ACC: tl.constexpr):
-    """scale S_p / (norm + eps) of a program's positions, 0 where there is no position and where the divisor is 0."""
-    norm = tl.load(norm_at)
-    for i in tl.static_range(1, NORMS):
-        norm += tl.load(norm_at + i)
-    denominator = norm + eps.to(norm.dtype)
-    share = tl.where(denominator == 0, 0.0, tl.load(scores_at, mask=mask, other=0.0) / denominator)
-    return share.to(ACC) * scale.to(ACC)
-
-
-@triton.jit
-def upstream_of(terms, TERM: tl.constexpr, ACC: tl.constexpr):
-    """weight * factor"""
-    upstream = number_of(terms.numbers[TERM][0], terms.numbers[TERM][1]).to(ACC)
-    if terms.factors[TERM] is not None:
-        upstream *= tl.load(terms.factors[TERM]).to(ACC)
-    return upstream
+from frs_kernels.triton.slots import store_partial, workspace
+from frs_kernels.triton.softmax import imitate_groups
+from frs_kernels.triton.terms import Table, shares, store_values, upstream_of
 
 
 @triton.jit
@@ -166,18 +131,6 @@ def imitate_segment(
 
 
 @triton.jit
-def store_values(values_ptr, slots_ptr, sizes, rows, SEGMENTS: tl.constexpr, INDEX: tl.constexpr):
-    """The value of each entry of a segment, stored; their sum."""
-    SEGMENT: tl.constexpr = SEGMENTS[INDEX]
-    total = tl.zeros((), tl.float64)
-    for entry in range(SEGMENT.first, SEGMENT.last):
-        value = sum_entry(slots_ptr, sizes.starts, entry, SEGMENT)
-        tl.store(values_ptr + size_of(pick(rows.places, entry, SEGMENT)), value.to(values_ptr.dtype.element_ty))
-        total += value
-    return total
-
-
-@triton.jit
 def imitate_kernel(
     student, teacher, grad, sizes, rows, terms, scores_ptr, norm_ptr, total_ptr, values_ptr, slots_ptr, counter_ptr,
     SEGMENTS: tl.constexpr,
@@ -218,29 +171,13 @@ def tile_of(layout: str, channels: int, loss: str, itemsize: int) -> tuple[int, 
     return block_c, elements // block_c, lv.chunk_of(channels, block_c, most)
 
 
-class Table(NamedTuple):
-    """The columns of a call, as `frs_kernels.reference.imitate` describes them."""
-
-    level: Sequence[int]
-    term: Sequence[int]
-    scale: Sequence[float]
-    eps: Sequence[float]
-    loss: Sequence[str]
-    weight: Sequence[float]
-    factor: Sequence[Tensor | None]
-    temperature: Sequence[float]
-    beta: Sequence[float]
-    want_grad: Sequence[bool]
-    norms: int = 1  # as many levels are added up for every entry's norm
-
-
 def segments_of(
     student: Sequence[Tensor], teacher: Sequence[Tensor], grads: Sequence[Tensor], table: Table, want_loss: bool
 ) -> tuple[list[int], tuple[lv.Segment, ...]]:
     """The entries that have work, in the order of the launch; its segments, a term's entries of one pair of dtypes."""
     groups: dict[tuple[bool, int, torch.dtype, torch.dtype], list[int]] = {}
     for e, (x, z, t) in enumerate(zip(student, teacher, table.term, strict=True)):
-        if want_loss or table.want_grad[t]:
+        if (want_loss or table.want_grad[t]) and isinstance(LOSSES[table.loss[t]], Pointwise):
             groups.setdefault((LOSSES[table.loss[t]].takes_logits, t, x.dtype, z.dtype), []).append(e)
     double = accumulate_dtype(*student, *teacher) == torch.float64
     order: list[int] = []
@@ -265,12 +202,6 @@ def segments_of(
         )  # fmt: skip
         order += rows
     return order, tuple(segments)
-
-
-def numbers_of(weight: float, temperature: float, beta: float) -> tuple[int, ...]:
-    """The numbers of a term, encoded. An inverse beta is finite, so that 0 times it is 0."""
-    numbers = (weight, temperature, 1 / temperature, beta, min(1 / beta, 1e38) if beta else 0.0)
-    return tuple(half for number in numbers for half in lv.halves(number))
 
 
 def imitate(
@@ -307,23 +238,20 @@ def imitate(
     grads = [torch.empty_like(x) if w else x for x, w in zip(student, wanted, strict=True)]
     order, segments = segments_of(student, teacher, grads, table, want_loss)
     programs, sizes = lv.sizes_of(tuple(student[e].shape for e in order), segments)
-    new = torch.empty if programs else torch.zeros
+    grouped = [t for t, name in enumerate(loss) if isinstance(LOSSES[name], Grouped)]
+    new = torch.empty if programs and not grouped else torch.zeros
     total = new(() if want_loss else 0, dtype=dtype, device=device)
     values = new(len(loss) + len(student) if want_loss else 0, dtype=dtype, device=device)
     if programs:
-        rows = Rows(
-            lv.odd(level[e] for e in order),
-            lv.odd(first_positions[level[e]] for e in order),
-            lv.odd(len(loss) + e for e in order),
-            *(tuple(zip(*(lv.halves(numbers[e]) for e in order), strict=True)) for numbers in (scale, eps)),
-        )
-        terms = Terms(tuple(map(numbers_of, weight, temperature, beta)), tuple(factor))
         with lv.on_device(device):
             imitate_kernel[(programs,)](
                 *(lv.columns_of([tensors[e] for e in order], segments) for tensors in (student, teacher, grads)),
-                sizes, rows, terms, scores, norm,
+                sizes, table.rows(order, first_positions), table.terms(), scores, norm,
                 *((total, values, *workspace(device, programs)) if want_loss else (None,) * 4),
                 SEGMENTS=segments, num_warps=lv.NUM_WARPS,
                 maxnreg=lv.max_registers(segments),
             )  # fmt: skip
+    for t in grouped:
+        if want_loss or want_grad[t]:
+            imitate_groups(student, teacher, grads, scores, norm, table, t, first_positions, total, values)
     return total, values, [grad for grad, w in zip(grads, wanted, strict=True) if w]

@@ -44,6 +44,8 @@ class Segment:
     want_grad: bool = False
     norms: int = 1  # of as many levels an entry's norm is the sum
     gaps: bool = False  # images or lines lie further apart than they are long: their strides are read
+    step: int = 0  # positions that are loaded at once, where a program walks over positions
+    per_image: bool = False  # of losses along rows: a row is a channel of an image, else a channel of all
 
 
 class Sizes(NamedTuple):
@@ -167,11 +169,12 @@ def wide_index(
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, strides, many entries.
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for the fp64, strided, kl and pkd
+    bodies, and many entries.
 
     Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
     """
-    heavy = any(s.double or s.layout == "strided" or s.loss == "kl" for s in segments)
+    heavy = any(s.double or s.layout == "strided" or s.loss in ("kl", "pkd") for s in segments)
     return 128 if heavy or segments[-1].last > 16 else 96
 
 

@@ -85,6 +85,17 @@ def log1p_of(e):
 
 
 @triton.jit
+def log_of(a):
+    """log(a) for a >= 1 within an ulp or two: tl.log is not as good. a = 2^k m with m in [1, 2)."""
+    if a.dtype == tl.float64:
+        return tl.log(a)
+    else:
+        bits = a.to(tl.int32, bitcast=True)
+        m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        return ((bits >> 23) - 127).to(tl.float32) * 0.6931471805599453 + log1p_of(m - 1.0)
+
+
+@triton.jit
 def bernoulli(x, z, KL: tl.constexpr):
     """bce or kl of the logits x against z, and sigmoid(x) - sigmoid(z)."""
     a, a_z = magnitude(x), magnitude(z)

@@ -27,9 +27,15 @@ def workspace(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
 def store_partial(slots_ptr, counter_ptr, slot, partial):
     """Store a program's sum; True in the program that comes last, which then sees all slots."""
     tl.store(slots_ptr + slot, partial.to(tl.float64))
-    # The barrier and the release order this block's store before its count; the acquire, the reads after it.
+    return comes_last(counter_ptr, tl.num_programs(0))
+
+
+@triton.jit
+def comes_last(counter_ptr, count):
+    """Count this program; True in the last of `count`, which then sees what the others have stored."""
+    # The barrier and the release order this block's stores before its count; the acquire, the reads after it.
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from truth import QFL, Answer, Levels, Pyramid, eager, moves, size, truth
+from truth import CANCELS, MOVES, Answer, Levels, Pyramid, eager, moves, size, truth
 
 from frs_kernels import FSRTerms, backends, fsr_loss
 
@@ -105,7 +105,7 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
         alone = Pyramid(p.s, p.t, p.x, [torch.full_like(z, -1e4) for z in p.z])
         given = options | {"mask": expected.mask}
         subtracted = [*subtracted[: len(p.s or [])], *truth(alone, **given).grads[len(p.s or []) :]]
-        if options.get("cls_loss") in QFL:
+        if options.get("cls_loss") in MOVES:
             moved = truth(p, **options, of=partial(moves, eps=eps)).grads[len(p.s or []) :]
             heads = [torch.maximum(a.abs(), b.abs()) for a, b in zip(subtracted[len(p.s or []) :], moved, strict=True)]
             subtracted = [*subtracted[: len(p.s or [])], *heads]
@@ -136,7 +136,7 @@ def assert_right(p: Pyramid, backend: str, **options: Any) -> Answer:
     mode = {key: options.pop(key) for key in ("grad_mode",) if key in options}
     actual, expected = run(p, backend, **options, **mode), truth(host(p), **_host(options))
     double = working_dtype(p) == torch.float64
-    cancels = options.get("cls_loss") in (*QFL, "kl")
+    cancels = options.get("cls_loss") in CANCELS
     of = partial(size, eps=torch.finfo(working_dtype(p)).eps)
     scale = truth(host(p), **_host(options), of=of) if cancels else expected
     loosened = condition(host(p), **options) if p.x else 1.0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from cases import condition, relative, ulp
 from torch import Tensor
-from truth import QFL, Levels, Pyramid, eager_value, moves, size, value
+from truth import CANCELS, MOVES, Levels, Pyramid, eager_value, moves, size, value
 
 from frs_kernels.levels import accumulate_dtype, level_slices
 from frs_kernels.ops import VERBS
@@ -126,8 +126,8 @@ def assert_right(
         alone = Entry(entry.x, torch.full_like(entry.z, -1e4), 0, 0, entry.scale, entry.eps)
         places = level_slices([e.x for e in entries], [e.level for e in entries], scores.numel())
         of_level = scores[places[entry.level]], norm[entry.level : entry.level + 1]
-        before = truth([alone], [term], *of_level).grads[0] if term.loss in ("bce", "kl", *QFL) else right.grads[i]
-        if term.loss in QFL:
+        before = truth([alone], [term], *of_level).grads[0] if term.loss in ("bce", *CANCELS) else right.grads[i]
+        if term.loss in MOVES:
             moved = _computed(partial(moves, eps=eps), [replace(entry, level=0, term=0)], [term],
                               *(v.double() for v in of_level)).grads[0]  # fmt: skip
             before = torch.maximum(before.abs(), moved.abs())

@@ -58,7 +58,8 @@ def main() -> None:
         entries = [Entry(*pair, level, term) for level, pair in enumerate(zip(x, z, strict=True)) for term in range(2)]
         factor = fenced(torch.tensor(3.0), at_the_end)
         for loss in LOSSES:
-            terms = [Term(loss, temperature=2.0), Term(loss, 0.5, factor)]
+            beta = 0.0 if loss == "softmax_kl" else 1.0
+            terms = [Term(loss, temperature=2.0, beta=beta), Term(loss, 0.5, factor, beta=beta)]
             imitate(*arguments(entries, terms, scores, mass))
             distill(*arguments(entries, terms, scores, mass)[:2], z, *columns(entries, terms))
         for loss in ROW_LOSSES:

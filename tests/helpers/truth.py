@@ -21,6 +21,8 @@ from torch import Tensor
 Levels = list[Tensor]
 SMALL = ((2, 8, 12), (2, 3, 7), (2, 1, 1))  # (N, H, W) a level
 QFL = ("qfl", "qfl_detached")
+CANCELS = (*QFL, "kl", "softmax_kl")  # their values are smaller than what they are made of
+MOVES = (*QFL, "softmax_kl")  # their slopes are smaller than what `moves` says
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned", "rows", "columns")
 
 
@@ -118,7 +120,7 @@ def softplus(v: Tensor) -> Tensor:
 
 
 def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
-    """A pointwise loss as docs/math.md defines it."""
+    """A loss as docs/math.md defines it; of softmax_kl what each channel adds to its group's, of beta channels."""
     d = (x - z).abs()
     if loss == "mse":
         return d**2
@@ -127,11 +129,20 @@ def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float
     if loss == "smooth_l1":
         return torch.where(d < beta, d**2 / (2 * beta), d - beta / 2)
     x, z = x / temperature, z / temperature
+    if loss == "softmax_kl":
+        log_p, log_q = log_softmax(x, beta), log_softmax(z, beta)
+        return temperature**2 * log_q.exp() * (log_q - log_p)
     bce = softplus(x) - x * torch.sigmoid(z)
     entropy = softplus(z) - z * torch.sigmoid(z)
     if loss in QFL:
         bce = bce * power(torch.sigmoid(x) - torch.sigmoid(z), beta, detach=loss == "qfl_detached")
     return temperature**2 * (bce - entropy if loss == "kl" else bce)
+
+
+def log_softmax(v: Tensor, group: float) -> Tensor:
+    """Of each `group` neighbouring channels, all of them where it is 0."""
+    size = int(group) or v.shape[1]
+    return v.unflatten(1, (v.shape[1] // size, size)).log_softmax(2).flatten(1, 2)
 
 
 def power(d: Tensor, beta: float, *, detach: bool) -> Tensor:
@@ -145,11 +156,13 @@ def power(d: Tensor, beta: float, *, detach: bool) -> Tensor:
 def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
     """What the roundings of a value are relative to, where it is more than the value: sums of what may cancel in it.
 
-    kl is a difference of two entropies. qfl is a power of a difference of two probabilities, which is off by `eps` of
-    the smaller of p and 1 - p.
+    kl and softmax_kl are differences of two entropies. qfl is a power of a difference of two probabilities, which is
+    off by `eps` of the smaller of p and 1 - p.
     """
-    if loss not in (*QFL, "kl"):
+    if loss not in CANCELS:
         return value(loss, x, z, temperature, beta)
+    if loss == "softmax_kl":
+        return value(loss, x, z, temperature, beta).abs()
     bce = value("bce", x, z, temperature)
     if loss == "kl" or beta == 0:
         return bce
@@ -159,7 +172,11 @@ def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float 
 
 
 def moves(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
-    """As a value: its gradient is what the roundings of a slope are relative to, for qfl what moves with d."""
+    """As a value: its gradient is what the roundings of a slope are relative to, for qfl what moves with d, for
+    softmax_kl both probabilities."""
+    if loss == "softmax_kl":
+        p, q = (log_softmax(v / temperature, beta).exp() for v in (x, z))
+        return (temperature * (p + q)).detach() * x
     if loss not in QFL or beta == 0:
         return value(loss, x, z, temperature, beta)
     bce = value("bce", x, z, temperature) / temperature**2
@@ -179,6 +196,9 @@ def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta:
     if loss == "smooth_l1":
         return F.smooth_l1_loss(x, z, reduction="none", beta=beta)
     x, z = x / temperature, z / temperature
+    if loss == "softmax_kl":
+        target = log_softmax(z, beta).exp()
+        return temperature**2 * F.kl_div(log_softmax(x, beta), target, reduction="none")
     bce = F.binary_cross_entropy_with_logits(x, z.sigmoid(), reduction="none")
     if loss == "kl":
         bce = bce - F.binary_cross_entropy_with_logits(z, z.sigmoid(), reduction="none")
@@ -190,7 +210,8 @@ def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta:
 def _values(
     of: Callable[..., Tensor], feat_loss: str, cls_loss: str, temperature: float, beta: float
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature, beta=beta)
+    of_cls = 0.0 if cls_loss == "softmax_kl" else beta  # all classes are one group
+    return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature, beta=of_cls)
 
 
 def truth(

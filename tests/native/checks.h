@@ -4,9 +4,11 @@
 //     mse = d^2     l1 = |d|     smooth_l1 = d^2 / (2 beta) where |d| < beta, else |d| - beta / 2
 //     bce = softplus(x) - x sigmoid(z)     kl = bce(x, z) - bce(z, z)
 //     qfl = |p - q|^beta bce, p = sigmoid(x), q = sigmoid(z); the slope of qfl_detached takes the power for a constant
+//     softmax_kl = sum q log(q / p) of each beta channels, or all, p = softmax(x), q = softmax(z)
 #pragma once
 
 #include <limits>
+#include <tuple>
 
 #include "cuda_runtime.h"
 #include "tensors.h"
@@ -17,7 +19,7 @@
 
 namespace {
 
-// What one launch takes: one pair of dtypes, so many entries and terms.
+// What one launch takes: one pair of dtypes, pointwise losses or those of groups, so many entries and terms.
 constexpr int64_t LEVELS_A_LAUNCH = 16, ENTRIES_A_LAUNCH = 16, TERMS_A_LAUNCH = 4;
 
 struct EntrySpec {
@@ -33,6 +35,11 @@ struct TermSpec {
   bool want_grad = true, has_factor = true;
   double weight = 0.75, factor = 3, temperature = 1, beta = 1;
   DType factor_dtype = DType::f32;
+
+  int64_t group_of(int64_t channels) const {
+    if (loss != Loss::softmax_kl) return 0;
+    return beta == 0 ? channels : static_cast<int64_t>(beta);
+  }
 };
 
 struct Call {
@@ -121,7 +128,33 @@ Truth truth(const TermSpec& term, Real x, Real z) {
 }
 
 bool takes_logits(Loss loss) {
-  return loss == Loss::bce || loss == Loss::kl || loss == Loss::qfl || loss == Loss::qfl_detached;
+  return loss == Loss::bce || loss == Loss::kl || loss == Loss::qfl || loss == Loss::qfl_detached ||
+         loss == Loss::softmax_kl;
+}
+
+// Of the channels of a group at one position: each one's part of the value, p - q + q log(q / p), and slope. The
+// exponential of what lies a below the maximum is off by a few roundings of a; a sum of many by some of theirs.
+std::vector<Truth> truth_of_softmax(Real temperature, const std::vector<Real>& x, const std::vector<Real>& z) {
+  const auto logs = [&](const std::vector<Real>& v, Real& most) {
+    most = *std::max_element(v.begin(), v.end());
+    Real sum = 0;
+    for (Real u : v) sum += std::exp((u - most) / temperature);
+    std::vector<Real> log;
+    for (Real u : v) log.push_back((u - most) / temperature - std::log(sum));
+    return log;
+  };
+  Real most_x, most_z;
+  const std::vector<Real> log_p = logs(x, most_x), log_q = logs(z, most_z);
+  std::vector<Truth> found;
+  for (size_t c = 0; c < x.size(); ++c) {
+    const Real p = std::exp(log_p[c]), q = std::exp(log_q[c]), t = log_p[c] - log_q[c];
+    const Real d = (x[c] - z[c]) / temperature, below = (most_x - x[c] + most_z - z[c]) / temperature;
+    const Real own = 1 + (below * 2.75L + Real(x.size()) / 2) / POINTWISE, moves = std::fabs(d) + std::fabs(d - t);
+    found.push_back({(p - q - q * t) * temperature * temperature, (p - q) * temperature,
+                     (p + q * (1 + std::fabs(t) + moves)) * own * temperature * temperature,
+                     (p + q) * own * temperature});
+  }
+  return found;
 }
 
 // Everything that a call reads and writes, each in memory of its own.
@@ -176,11 +209,31 @@ Data make(const Call& call) {
                          e.level,
                          e.term,
                          e.scale,
-                         e.eps});
+                         e.eps,
+                         call.terms[e.term].group_of(e.c)});
     if (e.student == DType::f64 || e.teacher == DType::f64) d.dtype = DType::f64;
   }
   if (call.logits == DType::f64 || call.f64_scores) d.score_dtype = DType::f64;
   return d;
+}
+
+// Of all channels at one position.
+std::vector<Truth> truths(const TermSpec& term, const Entry& entry, const Data& d, size_t i, int64_t n, int64_t p) {
+  std::vector<Truth> found;
+  std::vector<Real> x, z;
+  for (int64_t c = 0; c < entry.c; ++c) {
+    x.push_back(d.students[i].get(n, c, p)), z.push_back(d.teachers[i].get(n, c, p));
+    if (!entry.group) {
+      found.push_back(truth(term, x[0], z[0]));
+    } else if (static_cast<int64_t>(x.size()) < entry.group) {
+      continue;
+    } else {
+      const auto group = truth_of_softmax(term.temperature, x, z);
+      found.insert(found.end(), group.begin(), group.end());
+    }
+    x.clear(), z.clear();
+  }
+  return found;
 }
 
 void check_scores(const std::string& name, const Call& call, const Data& d, const Numbers& scores,
@@ -212,9 +265,9 @@ void check_scores(const std::string& name, const Call& call, const Data& d, cons
 int64_t up_to(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
 int64_t launches_of(const Call& call) {
-  std::vector<std::pair<std::pair<DType, DType>, int64_t>> pairs;
+  std::vector<std::pair<std::tuple<DType, DType, bool>, int64_t>> pairs;
   for (const EntrySpec& e : call.entries) {
-    const std::pair pair{e.student, e.teacher};
+    const std::tuple pair{e.student, e.teacher, call.terms[e.term].loss == Loss::softmax_kl};
     const auto known = std::find_if(pairs.begin(), pairs.end(), [&](const auto& p) { return p.first == pair; });
     if (known == pairs.end())
       pairs.push_back({pair, 1});
@@ -248,8 +301,9 @@ std::pair<Real, Real> check_entry(const std::string& name, const Call& call, Dat
       const Real denominator = wide ? M + entry.eps : float(M) + float(entry.eps);
       const Real quotient = wide ? S / double(denominator) : float(S) / float(denominator);
       const Real share = denominator == 0 ? 0 : quotient * entry.scale;
+      const std::vector<Truth> of_channels = truths(term, entry, d, i, n, p);
       for (int64_t c = 0; c < entry.c; ++c) {
-        const Truth t = truth(term, d.students[i].get(n, c, p), d.teachers[i].get(n, c, p));
+        const Truth& t = of_channels[c];
         value += share * t.value;
         scale += std::fabs(share) * t.value_scale;
         if (!term.want_grad) continue;

@@ -104,6 +104,39 @@ void mixed(int& i) {
   }
 }
 
+// softmax_kl, of groups of several sizes and beside pointwise terms, in every pair of dtypes and every layout.
+void softmax() {
+  const double groups[] = {3, 17, 0, 1, 12, 34};
+  const std::vector<Shape> levels = {{2, 7, 4, 8}, {1, 7, 5, 7}, {2, 7, 1, 1}};
+  int i = 0;
+  const auto some = [&](DType s, DType t, Layout sl, Layout tl) {
+    Call call;
+    call.levels = levels, call.logits = t, call.logits_layout = tl;
+    call.terms = {{Loss::softmax_kl}, {Loss::mse}, {Loss::softmax_kl}};
+    call.terms[0].beta = groups[i % 6], call.terms[2].beta = groups[(i + 1) % 6];
+    call.terms[0].temperature = i % 3 ? 2.5 : 1, call.terms[2].weight = -0.5;
+    call.terms[2].want_grad = i % 4 != 1, call.terms[0].want_grad = i % 7 != 3;
+    call.want_loss = i % 5 != 2, call.together = i % 3 > 0, call.joint = i % 4 == 2;
+    for (int term = 0; term < 3; ++term)
+      for (int l = 0; l < 3; ++l) call.entries.push_back({l, term, term == 1 ? 5 : 204, s, t, sl, tl, 0.5 + l, 0.25});
+    run(std::string(NAMES[int(s)]) + " softmax from " + NAMES[int(t)] + " " + LAYOUT_NAMES[sl], call);
+    ++i;
+  };
+  for (DType s : DTYPES)
+    for (DType t : DTYPES)
+      for (Layout l : {contiguous, channels_last}) some(s, t, l, l);
+  for (int l = 0; l < LAYOUTS; ++l)
+    for (DType d : {f32, bf16}) some(d, d, static_cast<Layout>(l), static_cast<Layout>((l + i) % LAYOUTS));
+  for (DType d : DTYPES)  // several tiles, and groups of another number than a block takes
+    for (double group : {17.0, 5.0, 1.0, 0.0}) {
+      Call call = plain(Loss::softmax_kl, {{1, 85, 10, 24}, {2, 85, 3, 9}, {0, 85, 4, 4}}, d, contiguous);
+      call.terms[0].beta = group, call.terms[0].temperature = 3;
+      run("softmax, large", call);
+      call.no_mass = 1, call.nan_level = 0;
+      run("softmax, no mass and NaN", call);
+    }
+}
+
 void edges(int& i) {
   for (DType d : DTYPES) {
     const auto l = d == f16 ? channels_last : contiguous;
@@ -162,6 +195,7 @@ void all_cases() {
   int i = 0;
   dtypes_and_layouts(i);
   mixed(i);
+  softmax();
   edges(i);
   sizes();
   const std::vector<DType> every(DTYPES, DTYPES + 4);
@@ -192,6 +226,11 @@ void one_case() {
   run("one", call);
   run("one", plain(Loss::mse, {{1, 40, 10, 11}}, f32, contiguous));  // a run of several tiles
   run("one", plain(Loss::kl, {{1, 20, 4, 4}}, f64, contiguous));
+  Call groups = plain(Loss::softmax_kl, {{1, 9, 5, 8}, {2, 9, 3, 5}}, f32, contiguous);
+  groups.terms[0].beta = 3, groups.terms[0].temperature = 2;
+  groups.terms.push_back({Loss::mse});
+  groups.entries.push_back({0, 1, 8, f32, f32, contiguous, contiguous});
+  run("one", groups);
   run("one", plain(Loss::mse, {{1, 4, 4, 8}}, f32, channel_gap));  // its last line is fetched first, by half a warp
   for (double factor : {0.3, 1.0}) run_scale("one", {333, 64}, {f32}, factor, f32);
 }
@@ -203,6 +242,7 @@ void far_cases() {
   Call call = plain(Loss::mse, {{2, 3, 4, 8}}, f32, far_channels);
   call.entries[0].student_layout = far_images;
   call.entries[0].teacher = bf16;
+  for (Layout l : {far_images, far_channels}) run("far softmax", plain(Loss::softmax_kl, {{2, 4, 4, 8}}, f32, l));
   run("far, mixed", call);
   call.entries[0].student = bf16, call.entries[0].teacher = f32;
   run("far, any", call);
