@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+STUDY_ARGS ?=
 BENCH_ARGS ?=
 SOURCES := $(shell find csrc -type f)
 TEST_ARGS ?=
@@ -13,7 +14,7 @@ BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
 VENV_DOCS := .venv-docs
 
-.PHONY: install demo test test-asan lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
+.PHONY: install demo study test test-asan lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
 
 install: $(VENV)/.installed
 
@@ -24,6 +25,10 @@ $(VENV)/.installed: constraints-dev.txt pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --no-build-isolation --editable ".[dev]"
 	$(BIN)/python -m frs_kernels
 	touch $@
+
+# Hours on two cores; STUDY_ARGS="--quick" shows in a minute that all of it works.
+study: install
+	$(BIN)/python -m examples.digits.compare $(STUDY_ARGS)
 
 demo: install
 	$(BIN)/python -m examples.digits $(DEMO_ARGS)

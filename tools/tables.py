@@ -8,6 +8,7 @@
     mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
+    which-loss              the losses-DATA.json there, of `make study`
     speed, speed-cpu, losses,
     speed-short,
     targets, gpu-targets,
@@ -33,6 +34,7 @@ import report
 from bench_host import TARGET, TRIVIAL
 from demo_tables import EXAMPLES, digits, digits_short, frameworks, markdown, mmdet, studies, teachers
 from grid import TITLES, Case
+from loss_tables import which_loss
 
 ROOT = EXAMPLES.parent
 SHOWN = ("authors' form", "logits form", "torch.compile")
@@ -265,6 +267,7 @@ BLOCKS = {
     "digits": (digits, (EXAMPLES / "digits" / "README.md",)),
     "digits-short": (digits_short, (ROOT / "README.md",)),
     "studies": (studies, (ROOT / "docs" / "math.md",)),
+    "which-loss": (which_loss, (EXAMPLES / "digits" / "README.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
     "ladder": (ladder, (ROOT / "docs" / "step-cost.md",)),
     "teachers": (teachers, (ROOT / "docs" / "step-cost.md",)),
