@@ -57,8 +57,8 @@ static inline Cut softmax_cut(const Entry& entry) {
   return {length, channels, up(positions, length), up(entry.c, channels)};
 }
 
-// Bytes that such a tile needs to work in: panels of student, teacher and gradient, two vectors of exponentials for each
-// channel, and the channels of one position.
+// Bytes that such a tile needs to work in: panels of student, teacher and gradient, two vectors of exponentials for
+// each channel, and the channels of one position.
 static inline int64_t softmax_scratch(const Entry& entry) { return entry.group * (3 * COLUMN + 2 * 8 + 1) * 8; }
 
 static inline Cut imitate_cut(const Entry& level) {
