@@ -169,8 +169,8 @@ def wide_index(
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, strides, kl, losses along rows,
-    many entries.
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, strides, losses along
+    rows, many entries.
 
     Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
     """
