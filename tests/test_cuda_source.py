@@ -93,7 +93,7 @@ FAULTS = [
     Fault("terms.cuh", "value += call.workspace.terms[term.number];", "", "none", "FAILED"),
     Fault("terms.cuh", "if (t < call.launch_terms) {", "if (t < 1) {", "none", "FAILED"),
     Fault("softmax.cu", "sum *= exp_neg((most - maximum) * inverse_temperature);", "", "none", "FAILED one"),
-    Fault("softmax.cu", "entry.c / entry.group) abreast", "entry.c) abreast", "address", "heap-buffer-overflow"),
+    Fault("softmax.cu", "line >= tile.lines || ", "", "address", "heap-buffer-overflow"),
     Fault("slots.cuh", "if (is_last) *workspace.counter = 0;", "", "none", "FAILED"),
     Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
 ]

@@ -37,11 +37,4 @@ static inline void weigh(const Imitate& call, const Tile& tile, int64_t p0, int6
   for (int64_t i = 0; i < size; ++i) coefficient[i] = upstream * share[i];
 }
 
-// A gradient that no cache holds until it is read again goes past them, which saves reading each line before it is
-// written (docs/design-notes.md).
-template <class S>
-FRS_INLINE bool streams(const Level& level) {
-  return level.n * level.c * level.positions() * static_cast<int64_t>(sizeof(S)) > (4 << 20);
-}
-
 }  // namespace frs::FRS_ISA

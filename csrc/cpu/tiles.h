@@ -61,17 +61,21 @@ static inline Cut softmax_cut(const Entry& entry) {
 // each channel, and the channels of one position.
 static inline int64_t softmax_scratch(const Entry& entry) { return entry.group * (3 * COLUMN + 2 * 8 + 1) * 8; }
 
-static inline Cut imitate_cut(const Entry& level) {
-  if (level.group) return softmax_cut(level);
-  if (level.interleaved) return cut(level, TILE / level.c, level.c);
+// As many rows of one channel as fill a tile.
+static inline Cut planar_cut(const Level& level) {
   const Cut rows = cut(level, ROW, 1);
   return cut(level, ROW, TILE / at_least_1(rows.length));
+}
+
+static inline Cut imitate_cut(const Entry& entry) {
+  if (entry.group) return softmax_cut(entry);
+  return entry.interleaved ? cut(entry, TILE / entry.c, entry.c) : planar_cut(entry);
 }
 
 // Interleaved, a tile's sums are as many as its channels, so that it has some positions to each; and they are to stay
 // in L1, five doubles a channel.
 static inline Cut moments_cut(const Level& level) {
-  return level.interleaved ? cut(level, 128, ROW / 2) : imitate_cut(level);
+  return level.interleaved ? cut(level, 128, ROW / 2) : planar_cut(level);
 }
 
 static inline Tile tile_of(const Level& level, const Cut& cut, int64_t index, int64_t number) {

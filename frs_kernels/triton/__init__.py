@@ -1,1 +1,1 @@
-"""The Triton backend: score, imitate and scale_, each one launch over all levels of a pyramid."""
+"""The Triton backend: each verb one launch over all levels of a pyramid."""

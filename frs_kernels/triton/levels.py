@@ -169,12 +169,12 @@ def wide_index(
 
 
 def max_registers(segments: Sequence[Segment]) -> int:
-    """What a thread may take: five blocks of 128 threads a multiprocessor; four for the fp64, strided, kl and pkd
-    bodies, and many entries.
+    """What a thread may take: five blocks of 128 threads a multiprocessor; four for fp64, kl, strides, losses along
+    rows, many entries.
 
     Left to itself ptxas spills a word or two here and there to fit one block more (docs/design-notes.md).
     """
-    heavy = any(s.double or s.layout == "strided" or s.loss in ("kl", "pkd") for s in segments)
+    heavy = any(s.double or s.layout == "strided" or s.loss in ("kl", "pkd", "cwd") for s in segments)
     return 128 if heavy or segments[-1].last > 16 else 96
 
 
