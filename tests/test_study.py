@@ -24,7 +24,8 @@ import loss_tables
 
 from examples.digits import compare, detector, pool, train
 
-QUICK = ["--quick", "--device", "cpu", "--backend", "torch", "--student-iterations", "4", "--long-iterations", "6"]
+QUICK = ["--quick", "--device", "cpu", "--backend", "torch", "--val-pictures", "6", "--batch", "4"]
+QUICK += ["--student-iterations", "2", "--long-iterations", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,29 +101,42 @@ def test_the_start_is_where_the_gradients_were_alike() -> None:
     assert compare.balance(run) == pytest.approx({"feat": 4.0, "box": 5.0})
 
 
-def test_two_workers_train_nothing_twice(
+def test_two_workers_train_what_is_new_and_nothing_twice(
     ran: tuple[Path, list[pool.Job]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Neither the workers nor, had they left anything, this process."""
+    """Another seed to judge with; nothing is trained in this process."""
     out = ran[0]
-    before, trainings = results_in(out)["arms"], sorted((out / "digits" / "trainings").iterdir())
-    times = [(path / "checkpoint.pt").stat().st_mtime_ns for path in trainings]
+    before = results_in(out)["arms"]
+
+    def checkpoints() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (out / "digits" / "trainings").glob("*/checkpoint.pt")}
 
     def forbidden(*args: object) -> None:
-        raise AssertionError("a finished training was trained again")
+        raise AssertionError("trained in this process")
 
+    kept = checkpoints()
     monkeypatch.setattr(train, "detection_loss", forbidden)
-    few = ["--seeds", "0", "--out", str(out), "--results", str(tmp_path), "--ways", "pkd", "ld"]
+    few = ["--seeds", "0", "5", "--out", str(out), "--results", str(tmp_path), "--ways", "pkd", "ld"]
     assert compare.main([*QUICK, *few, "--workers", "2"]) == 0
     after = results_in(tmp_path)
-    assert after["arms"] == {name: before[name] for name in ("alone", "pkd", "ld")}
     assert after["machine"]["workers"] == 2
-    assert sorted((out / "digits" / "trainings").iterdir()) == trainings
-    assert [(path / "checkpoint.pt").stat().st_mtime_ns for path in trainings] == times
+    assert list(after["arms"]) == ["alone", "pkd", "ld"]
+    for name, arm in after["arms"].items():
+        for plan in ("short", "long"):
+            assert arm[plan]["seeds"]["0"] == before[name][plan]["seeds"]["0"]
+            assert set(arm[plan]["seeds"]) == {"0", "5"}
+        assert arm.get("tuning") == before[name].get("tuning")
+    now = checkpoints()
+    assert {path: now[path] for path in kept} == kept
+    assert len(now) == len(kept) + 3 * 2
 
 
 def test_seeds_that_tune_do_not_judge(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong, words in ((["--tuning-seeds", "1", "7"], "share 1"), (["--ways", "frs", "fsr"], "fsr are not among")):
+    for wrong, words in (
+        (["--tuning-seeds", "1", "7"], "share 1"),
+        (["--ways", "frs", "fsr"], "fsr are not among"),
+        (["--bins", "0"], "--bins"),
+    ):
         with pytest.raises(SystemExit):
             compare.parse([*QUICK, *wrong])
         assert words in capsys.readouterr().err

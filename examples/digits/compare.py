@@ -84,6 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "and 55 long trainings: the digits and BCCD together take about 3 hours on two cores. What is finished is "
         "kept; the same command goes on. Further options are those of python -m examples.digits.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -95,19 +96,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--results",
         type=Path,
-        help="folder for losses-DATA.json; by default examples/digits/studies, with --quick --out",
+        help="folder for losses-DATA.json; by default examples/digits/studies, with --quick or --ways that of --out",
     )
     own, rest = parser.parse_known_args(argv)
     options = settings.parse(rest, DEFAULTS)
     if options.quick and own.tuning_seeds == parser.get_default("tuning_seeds"):
         own.tuning_seeds = own.tuning_seeds[:1]
+    if not options.bins:
+        parser.error("--bins must be at least 2: LD compares distributions")
     if shared := set(own.tuning_seeds) & set(options.seeds):
         parser.error(f"--seeds and --tuning-seeds share {', '.join(map(str, sorted(shared)))}: judged by what chose it")
     known = list(ways(options))
     if unknown := set(own.ways or ()) - set(known):
         parser.error(f"--ways: {', '.join(sorted(unknown))} are not among {', '.join(known)}")
+    own.results = own.results or (options.out if options.quick or own.ways else STUDIES)
     own.ways = [name for name in known if name == "alone" or name in (own.ways or known)]
-    own.results = own.results or (options.out if options.quick else STUDIES)
     return argparse.Namespace(**{**vars(options), **vars(own)})
 
 
