@@ -27,6 +27,7 @@ from . import options as settings
 from . import report
 from .coco import DataError
 from .pool import Bench, Job, Pool, pool
+from .progress import stage
 from .train import Distillation, Run, Schedule
 from .voc import convert
 
@@ -114,7 +115,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(options), **vars(own)})
 
 
-def data_sets(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
+def data_sets(console: Console, options: argparse.Namespace) -> dict[str, argparse.Namespace]:
     """The options for each of --data, with a folder of its own; VOC folders become COCO ones, mirrored as well."""
     found = {}
     for given in options.data:
@@ -123,7 +124,8 @@ def data_sets(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
         if data and (data / "ImageSets").is_dir():
             voc, data = data, out / "pictures"
             if not (data / "annotations" / "val.json").is_file():
-                convert(voc, data, flips=True)
+                with stage(console, f"convert {voc}") as advance:
+                    convert(voc, data, flips=True, advance=advance)
         found[name] = argparse.Namespace(**{**vars(options), "data": data, "out": out})
     return found
 
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        for name, of_one in data_sets(options).items():
+        for name, of_one in data_sets(console, options).items():
             work(console, name, of_one)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,12 +15,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from .progress import Advance, silent
+
 SPLITS = {"train": "trainval", "val": "test"}
 """What is trained and judged on, and VOC's name of it."""
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def convert(voc: Path, out: Path, flips: bool = False) -> dict[str, int]:
+def convert(voc: Path, out: Path, flips: bool = False, advance: Advance = silent) -> dict[str, int]:
     """Write annotations/<split>.json and the pictures under <split>/; the number of pictures of each split.
 
     `flips` adds the mirror images of every training picture, left to right, top to bottom, and both.
@@ -28,7 +30,7 @@ def convert(voc: Path, out: Path, flips: bool = False) -> dict[str, int]:
     names = {split: (voc / "ImageSets" / "Main" / f"{of}.txt").read_text().split() for split, of in SPLITS.items()}
     roots = {name: ET.parse(voc / "Annotations" / f"{name}.xml").getroot() for each in names.values() for name in each}
     classes = sorted({_text(found, "name") for root in roots.values() for found in root.iter("object")})
-    counts = {}
+    counts: dict[str, int] = {}
     for split, of_split in names.items():
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -50,6 +52,7 @@ def convert(voc: Path, out: Path, flips: bool = False) -> dict[str, int]:
                     box = [left, top, x1 - x0, y1 - y0]
                     annotations.append({"image_id": len(images), "category_id": label, "bbox": box})
                 images.append({"id": len(images), "file_name": file})
+            advance(sum(counts.values()) + len(images))
         categories = [{"id": label, "name": name} for label, name in enumerate(classes)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (out / "annotations" / f"{split}.json").write_text(json.dumps(content))
