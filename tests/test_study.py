@@ -69,7 +69,7 @@ def test_every_way_is_compared_with_equal_effort(ran: tuple[Path, list[pool.Job]
         label = job.label.partition(", ×")[0]
         effort.setdefault(label, Counter())[job.schedule.iterations, job.seed] += 1
     alone = effort.pop("student alone")
-    first = effort["FRS, richness"]
+    first = effort["FRS (richness)"]
     assert all(each == first for each in effort.values())
     assert len(effort) == len(arms) - 1
     tuning, judging = set(settings["tuning_seeds"]), set(settings["seeds"])
@@ -213,9 +213,9 @@ def fake(ones: float) -> dict[str, Any]:
     noise = [0.0, 0.1, -0.1, 0.2, -0.2]
     return {
         "alone": arm("student alone", [30 + e for e in noise], [30 - e for e in noise], None),
-        "frs": arm("FRS, richness", [35 + e for e in noise], [35 - e for e in noise]),
-        "frs-ones": arm("FRS, all-ones mask", [ones - e for e in noise], [ones + e for e in noise], 3.0),
-        "cwd": arm("CWD, features", [30 - e for e in noise], [20 - e for e in noise], 1 / 3),
+        "frs": arm("FRS (richness)", [35 + e for e in noise], [35 - e for e in noise]),
+        "frs-ones": arm("FRS (all-ones mask)", [ones - e for e in noise], [ones + e for e in noise], 3.0),
+        "cwd": arm("CWD (features)", [30 - e for e in noise], [20 - e for e in noise], 1 / 3),
     }
 
 
@@ -253,11 +253,11 @@ def test_a_table_of_a_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lines = loss_tables.which_loss()
     assert lines[0].startswith("On the digits; the teacher reaches 60.0 AP.")
     assert "|  | weights | AP, 500 iterations | gain | AP, 1,500 iterations | gain |" in lines
-    assert "| FRS, richness | × 1 | 35.0 ± 0.1 | +5.0 ± 0.5 | 35.0 ± 0.1 | +5.0 ± 0.5 |" in lines
+    assert "| FRS (richness) | × 1 | 35.0 ± 0.1 | +5.0 ± 0.5 | 35.0 ± 0.1 | +5.0 ± 0.5 |" in lines
     said = next(line for line in lines if "the best is" in line)
-    assert "Not told apart from it: FRS, all-ones mask. Not better than alone: CWD, features." in said
-    assert "The smallest of the three weights was the best for CWD, features" in said
-    assert "The largest of the three weights was the best for FRS, all-ones mask" in said
+    assert "Not told apart from it: FRS (all-ones mask). Not shown to be better than alone: CWD (features)." in said
+    assert "The smallest of the three weights was the best for CWD (features)" in said
+    assert "The largest of the three weights was the best for FRS (all-ones mask)" in said
 
 
 def test_the_tables_of_a_run(ran: tuple[Path, list[pool.Job]]) -> None:

@@ -64,16 +64,16 @@ def ways(options: argparse.Namespace) -> dict[str, Way]:
     qfl = replace(none, cls_weight=1.0, cls_loss="qfl", mask="ones")
     return {
         "alone": Way("student alone", None),
-        "frs": Way("FRS, richness", frs),
-        "frs-mass": Way('FRS, richness, the paper\'s "mass"', replace(frs, normalizer="mass")),
-        "frs-ones": Way("FRS, all-ones mask", replace(frs, mask="ones")),
-        "frs-boxes": Way("FRS, box mask", replace(frs, mask="boxes")),
-        "pkd": Way("PKD, features", pkd),
-        "cwd": Way("CWD, features", replace(pkd, feat_loss="cwd")),
-        "qfl": Way("QFL, class logits", qfl),
-        "ld": Way("LD, box distributions", replace(none, box_weight=1.0)),
+        "frs": Way("FRS (richness)", frs),
+        "frs-mass": Way('FRS (richness, the paper\'s "mass")', replace(frs, normalizer="mass")),
+        "frs-ones": Way("FRS (all-ones mask)", replace(frs, mask="ones")),
+        "frs-boxes": Way("FRS (box mask)", replace(frs, mask="boxes")),
+        "pkd": Way("PKD (features)", pkd),
+        "cwd": Way("CWD (features)", replace(pkd, feat_loss="cwd")),
+        "qfl": Way("QFL (class logits)", qfl),
+        "ld": Way("LD (box distributions)", replace(none, box_weight=1.0)),
         "pkd-qfl": Way("PKD + QFL", replace(qfl, feat_weight=1.0, feat_loss="pkd")),
-        "frs-ld": Way("FRS, richness + LD", replace(frs, box_weight=1.0)),
+        "frs-ld": Way("FRS (richness) + LD", replace(frs, box_weight=1.0)),
     }
 
 
