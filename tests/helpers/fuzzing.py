@@ -6,12 +6,13 @@ function is one line of FUNCTIONS: its options and its check.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from cases import FLOATS, assert_right, relative, run
+from cases import FLOATS, assert_right, relative
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
@@ -73,7 +74,9 @@ class Case:
             ):
                 a, b = (torch.randn(2, n, count, h, w, generator=rng) * spread + shift).clamp_(-FAR, FAR).to(device)
                 student.append(place(a.to(turn(self.dtypes)), turn(self.layouts)).requires_grad_())
-                teacher.append(place((a if self.agree else b).to(turn(self.teacher_dtypes)), turn(self.teacher_layouts)))
+                teacher.append(
+                    place((a if self.agree else b).to(turn(self.teacher_dtypes)), turn(self.teacher_layouts))
+                )
         return made
 
     def made_mask(self, p: Pyramid, backend: str) -> Any:
@@ -212,6 +215,12 @@ def common(draw: st.DrawFn, levels: int) -> dict[str, Any]:
     }
 
 
+def said(call: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not the defaults, those of `fsr_loss` where `call` names none."""
+    known = {name: p.default for f in (fsr_loss, call) for name, p in inspect.signature(f).parameters.items()}
+    return {name: v for name, v in options.items() if v != known[name]}
+
+
 def betas(*losses: str) -> st.SearchStrategy[float]:
     """Where qfl's exponent is less than 1 its slope grows without bound, and one of 100 leaves no digit of a power."""
     if "qfl" in losses:
@@ -243,14 +252,14 @@ FUNCTIONS = {
     "fsr_loss": Function(fsr_loss, of_fsr_loss, check_fsr_loss, ("none", *GIVEN)),
     "FSRLoss": Function(FSRLoss, of_fsr_loss, check_fsr_loss, ("none", *GIVEN)),
     "masked_imitation_loss": Function(masked_imitation_loss, of_imitation, check_imitation, GIVEN),
-    "quality_focal_distillation": Function(
-        quality_focal_distillation, of_focal, check_imitation, ("none", *GIVEN)
-    ),
+    "quality_focal_distillation": Function(quality_focal_distillation, of_focal, check_imitation, ("none", *GIVEN)),
     "richness_mask": Function(richness_mask, lambda draw, levels: {}, check_richness_mask),
 }
 
 NUMBERS = 60_000  # of a case's at most: the truth takes long
 sides = st.one_of(st.integers(1, 12), st.sampled_from([0, 16, 31, 32, 33, 40]))
+# More than 16 levels, or 8 with two terms, are more than one launch takes.
+level_counts = st.sampled_from([*sorted([*range(1, 6)] * 5), *range(6, 21), 24, 33])
 widths = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 32, 33, 64, 65, 80, 130, 260, 300])
 
 
@@ -270,8 +279,7 @@ def cases(draw: st.DrawFn) -> Case:
     channels, classes = draw(turns(widths)), draw(turns(widths))
     sizes: list[tuple[int, int, int]] = []
     left = NUMBERS // max(*channels, *classes)
-    # More than 16 levels, or 8 with two terms, are more than one launch takes.
-    for _ in range(draw(st.one_of(st.integers(1, 5), st.integers(6, 20), st.integers(33, 35)))):
+    for _ in range(draw(level_counts)):
         n, h, w = draw(st.sampled_from([1, 2, 3, 0])), draw(sides), draw(sides)
         if n * h * w <= left:
             sizes.append((n, h, w))
@@ -295,9 +303,11 @@ def cases(draw: st.DrawFn) -> Case:
         parts=draw(st.sampled_from(["both", "both", "features", "logits"])),
         mask=draw(st.sampled_from(FUNCTIONS[function].masks)),
         terms=draw(st.booleans()),
-        upstream=draw(st.just((1.0, 0.0, 0.0)) | st.tuples(factors, factors, factors).map(lambda v: tuple(sign * u for u in v))),
+        upstream=draw(
+            st.just((1.0, 0.0, 0.0)) | st.tuples(factors, factors, factors).map(lambda v: tuple(sign * u for u in v))
+        ),
         tensor_weights=draw(st.booleans()),
-        options=FUNCTIONS[function].options(draw, len(sizes)),
+        options=said(FUNCTIONS[function].call, FUNCTIONS[function].options(draw, len(sizes))),
     )
     if torch.float16 in case.dtypes and case.options.get("grad_mode") == "forward":
         # what underflows in the forward pass stays 0, as documented: no upstream gradient brings it back
@@ -306,7 +316,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def look(backend: str, device: str, count: int, keep: str | None = None) -> None:
-    """Check `count` random cases. The one that fails is shrunk and printed as a test; in the folder `keep` it is kept."""
+    """Check `count` random cases. What fails is shrunk, printed as a test and, where `keep` is a folder, kept there."""
 
     @settings(
         max_examples=count, database=DirectoryBasedExampleDatabase(keep) if keep else None, deadline=None,

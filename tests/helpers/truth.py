@@ -126,7 +126,7 @@ def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float
         return d
     if loss == "smooth_l1":
         return torch.where(d < beta, d**2 / (2 * beta), d - beta / 2)
-    # Where x > 0 that of -x and -z, which is the same: of 1 - p and of softplus(x) - x q few digits of fp64 are left there.
+    # Where x > 0 that of -x and -z, which is the same: 1 - p and softplus(x) - x q would keep few digits of fp64 there.
     mirror = torch.where(x > 0, -1.0, 1.0)
     x, z = mirror * x / temperature, mirror * z / temperature
     bce = softplus(x) - x * torch.sigmoid(z)
@@ -207,7 +207,9 @@ def truth(
     **options: Any,
 ) -> Answer:
     """The definition, in fp64, of the values the tensors hold; or `size` in its place."""
-    return _answer(p.map(lambda v: v.double().contiguous()), *_values(of, feat_loss, cls_loss, temperature, beta), **options)
+    return _answer(
+        p.map(lambda v: v.double().contiguous()), *_values(of, feat_loss, cls_loss, temperature, beta), **options
+    )
 
 
 def authors(p: Pyramid, **options: Any) -> Answer:
@@ -234,7 +236,11 @@ def eager(
     Contiguous, since PyTorch's sigmoid of numbers in a row and of numbers apart differ in the last bit, and with it the
     slope of qfl where student and teacher agree.
     """
-    return _answer(p.map(lambda v: v.to(dtype).contiguous()), *_values(eager_value, feat_loss, cls_loss, temperature, beta), **options)
+    return _answer(
+        p.map(lambda v: v.to(dtype).contiguous()),
+        *_values(eager_value, feat_loss, cls_loss, temperature, beta),
+        **options,
+    )
 
 
 def lay_out(v: Tensor, layout: str) -> Tensor:
