@@ -52,8 +52,8 @@ def wide_fp16_gradients_off(*arguments: Any) -> Any:
     return total, values, [g * 1.01 if g.dtype == torch.float16 and g.shape[1] > 32 else g for g in grads]
 
 
-def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
-    """What is printed fails as it stands, and says what the fault is about."""
+def test_a_planted_fault_is_found_shrunk_and_kept(monkeypatch, tmp_path):
+    """What is printed fails as it stands, says what the fault is about, and is what the next run tries first."""
 
     def distill(student: Any, teacher: Any, logits: Any, *table: Any) -> Any:
         scores, mass = reference.score(reference.logits_of(teacher, logits, table))
@@ -62,7 +62,7 @@ def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
     faulty = VERBS["torch"]._replace(imitate=wide_fp16_gradients_off, distill=distill)
     monkeypatch.setitem(VERBS, "torch", faulty)
     with pytest.raises(AssertionError) as caught:
-        look("torch", "cpu", 2000)
+        look("torch", "cpu", 2000, str(tmp_path))
     (printed,) = (note for note in caught.value.__notes__ if note.startswith("def test_found"))
     calls: list[Any] = []
     exec(f"{printed}\ntest_found()", vars(fuzzing) | {"check": lambda *call: calls.append(call)})
@@ -72,5 +72,7 @@ def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
     assert 33 in case.channels + case.classes, printed
     with pytest.raises(AssertionError):
         check(case, *where)
+    with pytest.raises(AssertionError):
+        look("torch", "cpu", 1, str(tmp_path))
     monkeypatch.undo()
     check(case, *where)
