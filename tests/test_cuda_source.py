@@ -179,6 +179,17 @@ def test_all_cases_agree_with_the_formulas_and_no_sanitizer_objects(sanitizer, c
     assert checks > 300_000
 
 
+@pytest.mark.timeout(0)  # the driver gives each call its time
+def test_random_calls_are_right(cache, has_sanitizer, tmp_path, rng):
+    """`make fuzz` makes more of them. What fails says how it is run again."""
+    has_sanitizer("address")
+    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    driver = link([compile_object(s, CSRC, "address", cache) for s in sources], "address", tmp_path / "driver")
+    seed, count = int(torch.randint(1 << 31, (), generator=rng)), int(os.environ.get("FUZZ_CASES", "20"))
+    done = run_driver(driver, seed, "random", count, seconds=3600)
+    assert done.returncode == 0, f"{done.stdout[-1000:]}{done.stderr[-6000:]}"
+
+
 @pytest.mark.parametrize("sanitizer", ["address", "thread", "none"])
 def test_the_small_case_is_right_without_a_fault(sanitizer, cache, has_sanitizer, tmp_path):
     """What the next test finds is its fault, and not there before."""

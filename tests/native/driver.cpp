@@ -3,6 +3,7 @@
 //
 //     driver SEED             all cases
 //     driver SEED one         a few small cases that reach every walk and every branch of the sums, for planted faults
+//     driver SEED random N    N random calls, each with a seed of its own: the next after the one before
 //     driver SEED far         images and channels more than 2^31 numbers apart; 77 if there are no such addresses
 #include <unistd.h>
 
@@ -137,6 +138,33 @@ void softmax() {
     }
 }
 
+// As `mixed`, with more of everything.
+void random_call() {
+  constexpr int64_t WIDTHS[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 24, 31, 32, 33, 64, 80, 130};
+  const auto width = [&] { return WIDTHS[pick(0, static_cast<int>(std::size(WIDTHS)) - 1)]; };
+  const auto side = [] { return pick(0, 9) ? pick(1, 13) : 0; };
+  const auto layout = [] { return static_cast<Layout>(pick(0, LAYOUTS - 1)); };
+  const auto dtype = [] { return DTYPES[pick(0, 3)]; };
+  Call call;
+  for (int t = pick(1, 3); t > 0; --t)
+    for (const TermSpec& term : terms(pick(0, 1259))) call.terms.push_back(term);  // their period
+  call.terms.resize(pick(1, static_cast<int>(call.terms.size())), TermSpec{Loss::mse});
+  for (int l = pick(0, 3) ? pick(1, 5) : pick(6, 20); l > 0; --l)
+    call.levels.push_back({pick(0, 5) ? pick(1, 2) : 0, width(), side(), side()});
+  call.logits = dtype(), call.logits_layout = layout();
+  const int levels = static_cast<int>(call.levels.size()), terms = static_cast<int>(call.terms.size());
+  const bool one_pair = pick(0, 1);
+  const DType student = dtype(), teacher = dtype();
+  for (int e = std::max({levels, terms, pick(1, 20)}); e > 0; --e)
+    call.entries.push_back({e <= levels ? e - 1 : pick(0, levels - 1), e <= terms ? e - 1 : pick(0, terms - 1), width(),
+                            one_pair ? student : dtype(), one_pair ? teacher : dtype(), layout(), layout(),
+                            pick(0, 3) ? std::fabs(normal(0, 1)) : 0, pick(0, 1) ? std::fabs(normal(0, 1)) : 0});
+  call.joint = pick(0, 2) == 0;
+  call.together = pick(0, 2) > 0;
+  call.f64_scores = pick(0, 7) == 0;
+  run("random call", call);
+}
+
 void edges(int& i) {
   for (DType d : DTYPES) {
     const auto l = d == f16 ? channels_last : contiguous;
@@ -235,6 +263,15 @@ void one_case() {
   for (double factor : {0.3, 1.0}) run_scale("one", {333, 64}, {f32}, factor, f32);
 }
 
+void random_calls(unsigned long long seed, int count) {
+  for (const int before = failures; count > 0 && failures == before; --count, ++seed) {
+    alarm(280);
+    rng.seed(seed);
+    random_call();
+    if (failures > before) std::fprintf(stderr, "again: driver %llu random 1\n", seed);
+  }
+}
+
 void far_cases() {
   for (DType d : {f32, f16})
     for (Layout l : {far_images, far_channels})
@@ -258,6 +295,8 @@ int main(int argc, char** argv) {
     one_case();
   else if (cases == "far")
     far_cases();
+  else if (cases == "random")
+    random_calls(argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0, argc > 3 ? std::atoi(argv[3]) : 1);
   else
     all_cases();
   std::printf("%d checks, %d failures, largest error %.2Lf of its bound\n", checks, failures, worst);
