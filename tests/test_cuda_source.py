@@ -183,7 +183,7 @@ def test_all_cases_agree_with_the_formulas_and_no_sanitizer_objects(sanitizer, c
 def test_random_calls_are_right(cache, has_sanitizer, tmp_path, rng):
     """`make fuzz` makes more of them. What fails says how it is run again."""
     has_sanitizer("address")
-    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in VERBS), NATIVE / "driver.cpp"]
+    sources = [*(CSRC / "cuda" / f"{verb}.cu" for verb in KERNELS), NATIVE / "driver.cpp"]
     driver = link([compile_object(s, CSRC, "address", cache) for s in sources], "address", tmp_path / "driver")
     seed, count = int(torch.randint(1 << 31, (), generator=rng)), int(os.environ.get("FUZZ_CASES", "20"))
     done = run_driver(driver, seed, "random", count, seconds=3600)
