@@ -127,15 +127,19 @@ __device__ __forceinline__ double finish_group(const RowLevel& level, uint32_t g
   return value;
 }
 
+// Blocks of a multiprocessor: as many as leave the registers unspilled.
+template <class A, RowLoss LOSS>
+constexpr int RESIDENT = sizeof(A) == 8 || LOSS == RowLoss::cwd ? 4 : 5;
+
 template <class S, class T, class A, int V, RowLoss LOSS>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, RESIDENT<A, LOSS>)
     moments_kernel(const __grid_constant__ RowTable table, const __grid_constant__ MomentsCall call) {
   __shared__ Meeting<A, V> meeting;
   const uint32_t index = find_row(table, blockIdx.x);
   if (index < table.count) {
     const RowLevel& level = table.rows[index];
     const Place place = place_of(level, blockIdx.x - table.starts[index]);
-    const A inverse_temperature = static_cast<A>(1 / call.temperature);
+    const double inverse_temperature = 1 / call.temperature;
     Sums* const parts = call.parts + level.first_part;
     const auto sum = [&](auto width) {
       constexpr int W = decltype(width)::value;
@@ -180,11 +184,12 @@ __device__ __forceinline__ void align(const RowLevel& level, const Place& place,
     of[i / NUMBERS][k] = numbers[i] * (k < 2 ? 1 : upstream);
   }
   const Line<S, V> grad(level.grad, at, level.width);
-  walk<Both<S, T, A, V>, INTERLEAVED>(level, at, [&](const auto& both, uint32_t taken, uint32_t p, uint32_t step) {
+  constexpr uint32_t U = sizeof(A) == 8 ? UNDER_WAY / 2 : UNDER_WAY;
+  walk<Both<S, T, A, V>, U, INTERLEAVED>(level, at, [&](const auto& both, uint32_t taken, uint32_t p, uint32_t step) {
     constexpr int COUNT = std::remove_reference_t<decltype(both[0])>::V;
 #pragma unroll
     for (uint32_t u = 0; u < std::extent_v<std::remove_reference_t<decltype(both)>>; ++u) {
-      if (u >= taken) break;
+      if (u > 0 && u >= taken) continue;
       A s[COUNT], t[COUNT], out[COUNT];
       both[u].s.widen_to(s), both[u].t.widen_to(t);
 #pragma unroll
@@ -198,7 +203,7 @@ __device__ __forceinline__ void align(const RowLevel& level, const Place& place,
 }
 
 template <class S, class T, class A, int V, RowLoss LOSS>
-__global__ void __launch_bounds__(THREADS, 4)
+__global__ void __launch_bounds__(THREADS, RESIDENT<A, LOSS>)
     moments_backward_kernel(const __grid_constant__ RowTable table, const __grid_constant__ AlignCall call) {
   const uint32_t index = find_row(table, blockIdx.x);
   const RowLevel& level = table.rows[index];

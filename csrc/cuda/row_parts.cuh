@@ -9,6 +9,8 @@
 
 namespace frs::cuda {
 
+constexpr double LOG2_E = 1.44269504088896340736;
+
 template <RowLoss LOSS, class A>
 struct Part {
   static constexpr int FIRST = LOSS == RowLoss::cwd ? 2 : 0;  // the sums before are the pivots, which are maxima
@@ -19,21 +21,22 @@ struct Part {
     if constexpr (LOSS == RowLoss::cwd) pivot_s = pivot_t = -INFINITY;
   }
 
-  __device__ __forceinline__ void take(A s, A t, [[maybe_unused]] A inverse_temperature) {
+  // pace: log2(e) / temperature
+  __device__ __forceinline__ void take(A s, A t, [[maybe_unused]] A pace) {
     if constexpr (LOSS == RowLoss::pkd) {
       const A d = s - pivot_s, e = t - pivot_t;
       at[0] += d, at[1] += e, at[2] += d * d, at[3] += e * e, at[4] += d * e;
     } else {
-      const A q = exp_neg<A>((pivot_t - t) * inverse_temperature);
-      at[2] += exp_neg<A>((pivot_s - s) * inverse_temperature), at[3] += q, at[4] += q * (t - s);
+      const A q = Primitives<A>::power_of_two((t - pivot_t) * pace);
+      at[2] += Primitives<A>::power_of_two((s - pivot_s) * pace), at[3] += q, at[4] += q * (t - s);
     }
   }
 
   // cwd: the sums about maxima that are no smaller. Of a thread without numbers (MAY_BE_EMPTY) the maxima are minus
   // infinity, from which no difference may be taken where those of all are.
   template <bool MAY_BE_EMPTY = false>
-  __device__ __forceinline__ void raise(A s, A t, A inverse_temperature) {
-    A by_s = exp_neg<A>((s - pivot_s) * inverse_temperature), by_t = exp_neg<A>((t - pivot_t) * inverse_temperature);
+  __device__ __forceinline__ void raise(A s, A t, A pace) {
+    A by_s = Primitives<A>::power_of_two((pivot_s - s) * pace), by_t = Primitives<A>::power_of_two((pivot_t - t) * pace);
     if (MAY_BE_EMPTY && s == pivot_s) by_s = 1;
     if (MAY_BE_EMPTY && t == pivot_t) by_t = 1;
     pivot_s = s, pivot_t = t, at[2] *= by_s, at[3] *= by_t, at[4] *= by_t;
@@ -42,33 +45,28 @@ struct Part {
 
 // Adds packets up: each in one part, or its numbers in one each.
 template <RowLoss LOSS, class A, int PARTS, class B, int U>
-__device__ __forceinline__ void take(Part<LOSS, A> (&parts)[PARTS], const B (&both)[U], uint32_t taken,
-                                     A inverse_temperature) {
+__device__ __forceinline__ void take(Part<LOSS, A> (&parts)[PARTS], const B (&both)[U], uint32_t taken, A pace) {
   constexpr int V = B::V;
   A s[V], t[V];
   if constexpr (LOSS == RowLoss::cwd) {
-    A most_s[PARTS], most_t[PARTS];
+    Top<typename B::S, A, V> top_s;
+    Top<typename B::T, A, V> top_t;
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) most_s[i] = parts[i].pivot_s, most_t[i] = parts[i].pivot_t;
+    for (uint32_t u = 0; u < U; ++u)
+      if (u == 0 || u < taken) top_s.take(both[u].s), top_t.take(both[u].t);
+    top_s.widen_to(s), top_t.widen_to(t);
 #pragma unroll
-    for (uint32_t u = 0; u < U; ++u) {
-      if (u >= taken) break;
-      both[u].s.widen_to(s), both[u].t.widen_to(t);
+    for (int i = PARTS; i < V; ++i) s[i % PARTS] = larger(s[i % PARTS], s[i]), t[i % PARTS] = larger(t[i % PARTS], t[i]);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const int part = i % PARTS;
-        most_s[part] = larger(most_s[part], s[i]), most_t[part] = larger(most_t[part], t[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) parts[i].raise(most_s[i], most_t[i], inverse_temperature);
+    for (int i = 0; i < PARTS; ++i)
+      parts[i].raise(larger(parts[i].pivot_s, s[i]), larger(parts[i].pivot_t, t[i]), pace);
   }
 #pragma unroll
   for (uint32_t u = 0; u < U; ++u) {
-    if (u >= taken) break;
+    if (u > 0 && u >= taken) continue;
     both[u].s.widen_to(s), both[u].t.widen_to(t);
 #pragma unroll
-    for (int i = 0; i < V; ++i) parts[i % PARTS].take(s[i], t[i], inverse_temperature);
+    for (int i = 0; i < V; ++i) parts[i % PARTS].take(s[i], t[i], pace);
   }
 }
 
@@ -108,15 +106,11 @@ __device__ __forceinline__ A lanes_maximum(A value, uint32_t lanes) {
     value = larger(value, __shfl_xor_sync(0xffffffffu, value, offset));
   return value;  // in all of them
 }
-__device__ __forceinline__ double lanes_sum(double value, uint32_t lanes) {
-  for (uint32_t offset = lanes / 2; offset; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  return value;  // in the first of them
-}
-
 // The sums of this thread's run, in the run's first thread.
 template <class S, class T, class A, int V, RowLoss LOSS>
-__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, A inverse_temperature, Sums* parts) {
+__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, double inverse_temperature, Sums* parts) {
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, false>(level, place);
+  const A pace = static_cast<A>(inverse_temperature * LOG2_E);
   Part<LOSS, A> part[1];
   A row_s = 0, row_t = 0;
   if (at.inside) {
@@ -124,17 +118,21 @@ __device__ __forceinline__ void sum_run(const RowLevel& level, const Place& plac
       const Pivots<S, T, A, 1> own(level, at, at.begin), row = pivots_of_row<S, T, A>(level, at);
       part[0].pivot_s = own.s[0], part[0].pivot_t = own.t[0], row_s = row.s[0], row_t = row.t[0];
     }
-    walk<Both<S, T, A, V>, false>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
-      take(part, both, taken, inverse_temperature);
+    constexpr uint32_t U = sizeof(A) == 8 ? UNDER_WAY / 2 : UNDER_WAY;
+    walk<Both<S, T, A, V>, U, false>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
+      take(part, both, taken, pace);
     });
   }
   const uint32_t lanes = 1u << level.log_lanes;
   if constexpr (LOSS == RowLoss::cwd)
-    part[0].template raise<true>(lanes_maximum(part[0].pivot_s, lanes), lanes_maximum(part[0].pivot_t, lanes),
-                                 inverse_temperature);
+    part[0].template raise<true>(lanes_maximum(part[0].pivot_s, lanes), lanes_maximum(part[0].pivot_t, lanes), pace);
   Sums sums;
 #pragma unroll
-  for (int k = part[0].FIRST; k < NUMBERS; ++k) sums.at[k] = lanes_sum(part[0].at[k], lanes);
+  for (int k = part[0].FIRST; k < NUMBERS; ++k) sums.at[k] = part[0].at[k];
+  for (uint32_t offset = lanes / 2; offset; offset /= 2) {
+#pragma unroll
+    for (int k = part[0].FIRST; k < NUMBERS; ++k) sums.at[k] += __shfl_down_sync(0xffffffffu, sums.at[k], offset);
+  }
   if (!at.inside || at.thread != 0) return;
   parts[static_cast<int64_t>(at.row) * level.parts + at.part] =
       settled<LOSS>(sums, part[0].pivot_s, part[0].pivot_t, row_s, row_t, at.end - at.begin, inverse_temperature);
@@ -159,12 +157,13 @@ struct Meeting {
 
 // The sums of this block's tile, a part a channel.
 template <class S, class T, class A, int V, RowLoss LOSS, class M>
-__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, A inverse_temperature, Sums* parts,
+__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, double inverse_temperature, Sums* parts,
                                          M& meeting) {
   constexpr int FIRST = Part<LOSS, A>::FIRST;
   const RowRange rows = rows_of(level, place.group);
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, true>(level, place);
   const uint32_t columns = level.rows, column = threadIdx.x % level.across * V, to = at.thread * columns + column;
+  const A pace = static_cast<A>(inverse_temperature * LOG2_E);
   Part<LOSS, A> part[V];
   if (at.inside) {
     if constexpr (LOSS == RowLoss::pkd) {
@@ -172,8 +171,10 @@ __device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& pla
 #pragma unroll
       for (int i = 0; i < V; ++i) part[i].pivot_s = pivots.s[i], part[i].pivot_t = pivots.t[i];
     }
-    walk<Both<S, T, A, V>, true>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
-      take(part, both, taken, inverse_temperature);
+    // Of pkd a thread has 56 sums and pivots of 8 channels; cwd has exponentials the more, the fewer are under way.
+    constexpr bool HALF = sizeof(A) == 8 || (LOSS == RowLoss::pkd && V > 4);
+    walk<Both<S, T, A, V>, HALF ? UNDER_WAY / 2 : UNDER_WAY, true>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
+      take(part, both, taken, pace);
     });
   }
   const uint32_t thread = threadIdx.x;
@@ -193,7 +194,7 @@ __device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& pla
 #pragma unroll
     for (int i = 0; i < V; ++i)
       if (at.inside)
-        part[i].template raise<true>(meeting.at[0][column + i], meeting.at[1][column + i], inverse_temperature);
+        part[i].template raise<true>(meeting.at[0][column + i], meeting.at[1][column + i], pace);
   }
   if (at.inside) {
 #pragma unroll

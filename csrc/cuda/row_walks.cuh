@@ -14,7 +14,7 @@
 
 namespace frs::cuda {
 
-constexpr uint32_t UNDER_WAY = 4;  // packets of each operand that a thread keeps under way
+constexpr uint32_t UNDER_WAY = 4;  // packets of each operand that a thread keeps under way, or half as many
 // Interleaved, the channels of a tile: 64 bytes of them in 16 bits. The fewer, the fewer bytes of sums a number takes,
 // and the sooner a group of rows is added up.
 constexpr uint32_t MOST_COLUMNS = 32;
@@ -128,36 +128,32 @@ struct Line {
 
 // visit(both, taken, p, step): packets both[0], ..., both[taken - 1], the first of which is at position p, each `step`
 // positions after the one before.
-template <class B, bool INTERLEAVED, class F>
+template <class B, uint32_t U, bool INTERLEAVED, class F>
 __device__ __forceinline__ void walk(const RowLevel& level, const Spot& at, const F& visit) {
-  constexpr uint32_t U = UNDER_WAY;
   constexpr uint32_t SIZE = INTERLEAVED ? 1 : B::V;  // positions of a packet
   using A = typename B::A;
   const Line<typename B::S, B::V> s(level.student, at, level.width);
   const Line<typename B::T, B::V> t(level.teacher, at, level.width);
   const uint32_t begin = at.begin + at.shift, end = at.end + at.shift;  // counted from where memory is aligned
   const uint32_t first = (begin + SIZE - 1) / SIZE, last = end / SIZE;
-  B both[U];
-  const auto fetch = [&](uint32_t i) {
-#pragma unroll
-    for (uint32_t u = 0; u < U; ++u) {
-      const uint32_t packet = i + u * at.threads, p = packet * SIZE - at.shift;
-      if (packet < last) s.template fetch<Use::once>(both[u].s, p), t.template fetch<Use::once>(both[u].t, p);
-    }
-  };
-  uint32_t i = first + at.thread;
-  fetch(i);
   if constexpr (SIZE > 1) {
     const uint32_t before = min(first * SIZE, end) - begin, after = last >= first ? end - last * SIZE : 0;
-    for (uint32_t k = at.thread; k < before + after; k += at.threads) {
-      const uint32_t p = (k < before ? begin + k : last * SIZE + k - before) - at.shift;
+    for (uint32_t i = at.thread; i < before + after; i += at.threads) {
+      const uint32_t p = (i < before ? begin + i : last * SIZE + i - before) - at.shift;
       Both<typename B::S, typename B::T, A, 1> one[1];
       s.template fetch<Use::once>(one[0].s, p), t.template fetch<Use::once>(one[0].t, p);
       visit(one, 1u, p, 1u);
     }
   }
-  for (; i < last; i += U * at.threads, fetch(i))
+  for (uint32_t i = first + at.thread; i < last; i += U * at.threads) {
+    B both[U];
+#pragma unroll
+    for (uint32_t u = 0; u < U; ++u) {
+      const uint32_t packet = i + u * at.threads, p = packet * SIZE - at.shift;
+      if (u == 0 || packet < last) s.template fetch<Use::once>(both[u].s, p), t.template fetch<Use::once>(both[u].t, p);
+    }
     visit(both, min((last - i + at.threads - 1) / at.threads, U), i * SIZE - at.shift, at.threads * SIZE);
+  }
 }
 
 }  // namespace frs::cuda

@@ -65,14 +65,15 @@ RowTruth truth_of_pkd(const Side& s, const Side& t, const RowCall& call, Real sh
     const Real w = apart(i);
     sum += w, along += w * (s.at[i] - s.mean), truth.value += share / 2 * w * w;
   }
-  truth.bound = OF_SUM * u * share / 2 * std::pow(p * std::sqrt(s.moved) + q * std::sqrt(t.moved), 2);
+  truth.bound = OF_SUM * u * std::fabs(share) / 2 * std::pow(p * std::sqrt(s.moved) + q * std::sqrt(t.moved), 2);
   const Real pull = sigma == 0 ? 0 : p * p / ((n - 1) * sigma);
   const Real loose = OF_SUM * u * std::max(s.square ? s.moved / s.square : 1, t.square ? t.moved / t.square : 1);
-  const Real a = share * p * (eps * p * p + p * q * (sigma == 0 ? 0 : std::sqrt(s.square * t.square) / ((n - 1) * sigma)));
+  const Real most = std::fabs(share), b = most * p * q;
+  const Real a = most * p * (eps * p * p + p * q * (sigma == 0 ? 0 : std::sqrt(s.square * t.square) / ((n - 1) * sigma)));
   for (size_t i = 0; i < s.at.size(); ++i) {
     truth.slope[i] = share * (p * (apart(i) - sum / n) - pull * along * (s.at[i] - s.mean));
-    truth.slope_bound[i] = 3 * loose * (a * std::fabs(s.at[i] - s.mean) + share * p * q * std::fabs(t.at[i] - t.mean)) +
-                           loose * (a * std::sqrt(s.square / n) + share * p * q * std::sqrt(t.square / n));
+    truth.slope_bound[i] = 3 * loose * (a * std::fabs(s.at[i] - s.mean) + b * std::fabs(t.at[i] - t.mean)) +
+                           loose * (a * std::sqrt(s.square / n) + b * std::sqrt(t.square / n));
   }
   return truth;
 }
@@ -87,10 +88,10 @@ RowTruth truth_of_cwd(const Side& s, const Side& t, const RowCall& call, Real sh
     kl += q * (log_q - log_p), scale += q * (std::fabs(log_q) + std::fabs(log_p));
     truth.slope[i] = share * tau * (p - q);
     const auto roundings = [&](const Side& of) { return OF_SUM + 2 * (of.most - of.at[i]) / tau; };
-    truth.slope_bound[i] = u * share * tau * (p * roundings(s) + q * roundings(t));
+    truth.slope_bound[i] = u * std::fabs(share) * tau * (p * roundings(s) + q * roundings(t));
   }
   truth.value = share * tau * tau * kl;
-  truth.bound = OF_SUM * u * share * tau * tau * (1 + scale + std::fabs(s.most - t.most) / tau);
+  truth.bound = OF_SUM * u * std::fabs(share) * tau * tau * (1 + scale + std::fabs(s.most - t.most) / tau);
   return truth;
 }
 
