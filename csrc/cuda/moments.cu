@@ -5,8 +5,9 @@
 //     total    = weight * factor * sum_l value_l
 //     gradient = weight * factor * slope(s, t, s0, t0, a, b, c)
 //
-// A launch takes all levels of one pair of dtypes. A block adds up its parts of rows (row_parts.cuh); the one that comes
-// last of a group of rows adds their parts and finishes them, the one that finishes the last group adds the groups.
+// A launch takes all levels of one pair of dtypes. A block adds up its parts of rows (row_parts.cuh); the one that
+// comes last of a group of rows adds their parts and finishes them, the one that finishes the last group adds the
+// groups.
 #include <cmath>
 #include <vector>
 
@@ -16,6 +17,8 @@
 namespace frs {
 namespace cuda {
 namespace {
+
+constexpr int RESIDENT = 4;  // blocks of a multiprocessor: as many as leave 8 channels' sums in registers
 
 struct MomentsCall {
   GroupSpans groups;
@@ -47,10 +50,12 @@ __device__ __forceinline__ bool comes_last(uint32_t* counter, uint32_t blocks) {
   __syncthreads();  // what the block has stored before its count
   if (threadIdx.x == 0) {
     is_last = count_block(counter) == blocks - 1;
-    if (is_last) *counter = 0;
+    if (is_last) {
+      *counter = 0;
+      __threadfence();  // the count before the reads of what the others have stored
+    }
   }
   __syncthreads();
-  if (is_last) __threadfence();
   return is_last;
 }
 
@@ -127,12 +132,8 @@ __device__ __forceinline__ double finish_group(const RowLevel& level, uint32_t g
   return value;
 }
 
-// Blocks of a multiprocessor: as many as leave the registers unspilled.
-template <class A, RowLoss LOSS>
-constexpr int RESIDENT = sizeof(A) == 8 || LOSS == RowLoss::cwd ? 4 : 5;
-
 template <class S, class T, class A, int V, RowLoss LOSS>
-__global__ void __launch_bounds__(THREADS, RESIDENT<A, LOSS>)
+__global__ void __launch_bounds__(THREADS, RESIDENT)
     moments_kernel(const __grid_constant__ RowTable table, const __grid_constant__ MomentsCall call) {
   __shared__ Meeting<A, V> meeting;
   const uint32_t index = find_row(table, blockIdx.x);
@@ -159,8 +160,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<A, LOSS>)
     if (!comes_last(call.workspace.counter, call.groups.starts[table.count])) return;
   }
   A* const values = static_cast<A*>(call.values);
-  const double* const sums = sum_rows(call.workspace, call.groups,
-                                      [&](uint32_t i, double s) { values[1 + table.rows[i].entry] = static_cast<A>(s); });
+  const double* const sums = sum_rows(
+      call.workspace, call.groups, [&](uint32_t i, double s) { values[1 + table.rows[i].entry] = static_cast<A>(s); });
   if (threadIdx.x != 0) return;
   double value = *call.workspace.total;  // of the launches before
   for (uint32_t i = 0; i < table.count; ++i) value += sums[i];
@@ -203,7 +204,7 @@ __device__ __forceinline__ void align(const RowLevel& level, const Place& place,
 }
 
 template <class S, class T, class A, int V, RowLoss LOSS>
-__global__ void __launch_bounds__(THREADS, RESIDENT<A, LOSS>)
+__global__ void __launch_bounds__(THREADS, RESIDENT)
     moments_backward_kernel(const __grid_constant__ RowTable table, const __grid_constant__ AlignCall call) {
   const uint32_t index = find_row(table, blockIdx.x);
   const RowLevel& level = table.rows[index];

@@ -36,7 +36,8 @@ struct Part {
   // infinity, from which no difference may be taken where those of all are.
   template <bool MAY_BE_EMPTY = false>
   __device__ __forceinline__ void raise(A s, A t, A pace) {
-    A by_s = Primitives<A>::power_of_two((pivot_s - s) * pace), by_t = Primitives<A>::power_of_two((pivot_t - t) * pace);
+    A by_s = Primitives<A>::power_of_two((pivot_s - s) * pace),
+      by_t = Primitives<A>::power_of_two((pivot_t - t) * pace);
     if (MAY_BE_EMPTY && s == pivot_s) by_s = 1;
     if (MAY_BE_EMPTY && t == pivot_t) by_t = 1;
     pivot_s = s, pivot_t = t, at[2] *= by_s, at[3] *= by_t, at[4] *= by_t;
@@ -56,7 +57,8 @@ __device__ __forceinline__ void take(Part<LOSS, A> (&parts)[PARTS], const B (&bo
       if (u == 0 || u < taken) top_s.take(both[u].s), top_t.take(both[u].t);
     top_s.widen_to(s), top_t.widen_to(t);
 #pragma unroll
-    for (int i = PARTS; i < V; ++i) s[i % PARTS] = larger(s[i % PARTS], s[i]), t[i % PARTS] = larger(t[i % PARTS], t[i]);
+    for (int i = PARTS; i < V; ++i)
+      s[i % PARTS] = larger(s[i % PARTS], s[i]), t[i % PARTS] = larger(t[i % PARTS], t[i]);
 #pragma unroll
     for (int i = 0; i < PARTS; ++i)
       parts[i].raise(larger(parts[i].pivot_s, s[i]), larger(parts[i].pivot_t, t[i]), pace);
@@ -108,7 +110,8 @@ __device__ __forceinline__ A lanes_maximum(A value, uint32_t lanes) {
 }
 // The sums of this thread's run, in the run's first thread.
 template <class S, class T, class A, int V, RowLoss LOSS>
-__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, double inverse_temperature, Sums* parts) {
+__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, double inverse_temperature,
+                                        Sums* parts) {
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, false>(level, place);
   const A pace = static_cast<A>(inverse_temperature * LOG2_E);
   Part<LOSS, A> part[1];
@@ -119,9 +122,8 @@ __device__ __forceinline__ void sum_run(const RowLevel& level, const Place& plac
       part[0].pivot_s = own.s[0], part[0].pivot_t = own.t[0], row_s = row.s[0], row_t = row.t[0];
     }
     constexpr uint32_t U = sizeof(A) == 8 ? UNDER_WAY / 2 : UNDER_WAY;
-    walk<Both<S, T, A, V>, U, false>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
-      take(part, both, taken, pace);
-    });
+    walk<Both<S, T, A, V>, U, false>(
+        level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) { take(part, both, taken, pace); });
   }
   const uint32_t lanes = 1u << level.log_lanes;
   if constexpr (LOSS == RowLoss::cwd)
@@ -157,8 +159,8 @@ struct Meeting {
 
 // The sums of this block's tile, a part a channel.
 template <class S, class T, class A, int V, RowLoss LOSS, class M>
-__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, double inverse_temperature, Sums* parts,
-                                         M& meeting) {
+__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, double inverse_temperature,
+                                         Sums* parts, M& meeting) {
   constexpr int FIRST = Part<LOSS, A>::FIRST;
   const RowRange rows = rows_of(level, place.group);
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, true>(level, place);
@@ -173,9 +175,8 @@ __device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& pla
     }
     // Of pkd a thread has 56 sums and pivots of 8 channels; cwd has exponentials the more, the fewer are under way.
     constexpr bool HALF = sizeof(A) == 8 || (LOSS == RowLoss::pkd && V > 4);
-    walk<Both<S, T, A, V>, HALF ? UNDER_WAY / 2 : UNDER_WAY, true>(level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) {
-      take(part, both, taken, pace);
-    });
+    walk<Both<S, T, A, V>, HALF ? UNDER_WAY / 2 : UNDER_WAY, true>(
+        level, at, [&](const auto& both, uint32_t taken, uint32_t, uint32_t) { take(part, both, taken, pace); });
   }
   const uint32_t thread = threadIdx.x;
   if constexpr (LOSS == RowLoss::cwd) {
@@ -193,8 +194,7 @@ __device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& pla
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      if (at.inside)
-        part[i].template raise<true>(meeting.at[0][column + i], meeting.at[1][column + i], pace);
+      if (at.inside) part[i].template raise<true>(meeting.at[0][column + i], meeting.at[1][column + i], pace);
   }
   if (at.inside) {
 #pragma unroll

@@ -31,9 +31,9 @@ inline bool is_parallel(const Level& level, int64_t width) {
   };
   const auto fits = [&](const View& view) {
     const View& like = level.student;
-    return view.data == nullptr || ((view.p == 1 || level.positions() == 1) && place(view) == place(like) &&
-                                    (level.c == 1 || (view.c - like.c) % width == 0) &&
-                                    (level.n == 1 || (view.n - like.n) % width == 0));
+    return view.data == nullptr ||
+           ((view.p == 1 || level.positions() == 1) && place(view) == place(like) &&
+            (level.c == 1 || (view.c - like.c) % width == 0) && (level.n == 1 || (view.n - like.n) % width == 0));
   };
   return fits(level.student) && fits(level.teacher) && fits(level.grad);
 }
@@ -47,7 +47,8 @@ inline void cut(const Level& level, bool per_image, int64_t packet, int64_t roun
   row.across = row.chunks = row.tiles = row.length = row.blocks = 1;
   row.parts = row.log_lanes = row.log_finishers = 0;
   const auto tile = [&](int64_t length) {  // of so many positions at most, all of them about as long
-    row.length = cdiv(cdiv(positions, cdiv(positions, length)), row.interleaved ? 1 : packet) * (row.interleaved ? 1 : packet);
+    row.length =
+        cdiv(cdiv(positions, cdiv(positions, length)), row.interleaved ? 1 : packet) * (row.interleaved ? 1 : packet);
     row.tiles = cdiv(positions, row.length);
     row.parts = static_cast<uint32_t>(images * row.tiles);
   };

@@ -2,7 +2,8 @@
 //
 //     planar       some threads of a warp take a run of positions of one channel of an image: packets where memory is
 //                  aligned, and one by one what is left at the run's two ends. Rows of odd length need nothing else.
-//     interleaved  a block takes a few packets of channels in many positions of an image, a thread one of the packets in
+//     interleaved  a block takes a few packets of channels in many positions of an image, a thread one of the packets
+//     in
 //                  every so-manieth position.
 //
 // A run, or one channel of a tile, is a part of a row. A block's parts are all of one group of rows, so that the block
@@ -147,12 +148,15 @@ __device__ __forceinline__ void walk(const RowLevel& level, const Spot& at, cons
   }
   for (uint32_t i = first + at.thread; i < last; i += U * at.threads) {
     B both[U];
+    uint32_t taken = 0;
 #pragma unroll
     for (uint32_t u = 0; u < U; ++u) {
       const uint32_t packet = i + u * at.threads, p = packet * SIZE - at.shift;
-      if (u == 0 || packet < last) s.template fetch<Use::once>(both[u].s, p), t.template fetch<Use::once>(both[u].t, p);
+      if (u > 0 && packet >= last) continue;
+      s.template fetch<Use::once>(both[u].s, p), t.template fetch<Use::once>(both[u].t, p);
+      taken = u + 1;
     }
-    visit(both, min((last - i + at.threads - 1) / at.threads, U), i * SIZE - at.shift, at.threads * SIZE);
+    visit(both, taken, i * SIZE - at.shift, at.threads * SIZE);
   }
 }
 

@@ -209,9 +209,12 @@ void rows_of_levels(int& i) {
     for (int k = 0; k < 20; ++k) {  // any mix
       RowCall call{loss, {}};
       for (int l = k % 5 == 4 ? 40 : pick(1, 6); l > 0; --l)
-        call.levels.push_back({{pick(0, 5) ? pick(1, 3) : 0, pick(1, 40), pick(1, 12), pick(1, 12)}, DTYPES[pick(0, 3)],
-                               DTYPES[pick(0, 3)], static_cast<Layout>(pick(0, LAYOUTS - 1)),
-                               static_cast<Layout>(pick(0, LAYOUTS - 1)), normal(0, 1)});
+        call.levels.push_back({{pick(0, 5) ? pick(1, 3) : 0, pick(1, 40), pick(1, 12), pick(1, 12)},
+                               DTYPES[pick(0, 3)],
+                               DTYPES[pick(0, 3)],
+                               static_cast<Layout>(pick(0, LAYOUTS - 1)),
+                               static_cast<Layout>(pick(0, LAYOUTS - 1)),
+                               normal(0, 1)});
       run("mixed", call);
     }
   }
@@ -268,7 +271,8 @@ void far_cases() {
       for (Loss loss : {Loss::mse, Loss::bce}) run(LAYOUT_NAMES[l], plain(loss, {{2, 16, 4, 8}, {2, 3, 5, 7}}, d, l));
   for (RowLoss loss : ROW_LOSSES)
     for (DType d : {f32, f16})
-      for (Layout l : {far_images, far_channels}) run(LAYOUT_NAMES[l], rows(loss, {{2, 16, 4, 8}, {2, 3, 5, 7}}, d, d, l, l));
+      for (Layout l : {far_images, far_channels})
+        run(LAYOUT_NAMES[l], rows(loss, {{2, 16, 4, 8}, {2, 3, 5, 7}}, d, d, l, l));
   Call call = plain(Loss::mse, {{2, 3, 4, 8}}, f32, far_channels);
   call.entries[0].student_layout = far_images;
   call.entries[0].teacher = bf16;

@@ -69,7 +69,8 @@ RowTruth truth_of_pkd(const Side& s, const Side& t, const RowCall& call, Real sh
   const Real pull = sigma == 0 ? 0 : p * p / ((n - 1) * sigma);
   const Real loose = OF_SUM * u * std::max(s.square ? s.moved / s.square : 1, t.square ? t.moved / t.square : 1);
   const Real most = std::fabs(share), b = most * p * q;
-  const Real a = most * p * (eps * p * p + p * q * (sigma == 0 ? 0 : std::sqrt(s.square * t.square) / ((n - 1) * sigma)));
+  const Real a =
+      most * p * (eps * p * p + p * q * (sigma == 0 ? 0 : std::sqrt(s.square * t.square) / ((n - 1) * sigma)));
   for (size_t i = 0; i < s.at.size(); ++i) {
     truth.slope[i] = share * (p * (apart(i) - sum / n) - pull * along * (s.at[i] - s.mean));
     truth.slope_bound[i] = 3 * loose * (a * std::fabs(s.at[i] - s.mean) + b * std::fabs(t.at[i] - t.mean)) +
@@ -164,8 +165,9 @@ void run(const std::string& what, const RowCall& call) {
   auto factor = garbage(bytes(call.factor_dtype));
   write(factor.get(), call.factor_dtype, call.factor);
   const void* const given = call.has_factor ? factor.get() : nullptr;
-  const Moments first{d.levels.data(),  count,   call.loss,    d.scale.data(), call.weight,   call.temperature, call.eps, given,
-                      call.factor_dtype, d.dtype, total.data(), values.data(),  rows.data()};
+  const Moments first{d.levels.data(),  count,         call.loss,  d.scale.data(),    call.weight,
+                      call.temperature, call.eps,      given,      call.factor_dtype, d.dtype,
+                      total.data(),     values.data(), rows.data()};
   std::map<std::pair<DType, DType>, int64_t> pairs;
   for (const RowSpec& spec : call.levels) ++pairs[{spec.student, spec.teacher}];
   int64_t launches = 0;
