@@ -148,7 +148,8 @@ def test_a_level_of_more_than_2_to_the_31_elements(loss, layout):
     value, grad = step(loss, [s], [t])
     expected, expected_grad = step(loss, [part[0]], [part[1]], backend="torch")
     expected, expected_grad = expected * len(some) / shape[1], expected_grad * len(some) / shape[1]
-    assert abs(value - expected) <= 1e-5 * abs(expected)  # the other rows of student and teacher are equal
+    # The other rows of student and teacher are equal. cwd's value is what is left of two logarithms of 2 million.
+    assert abs(value - expected) <= 1e-5 * abs(expected) + 1e-8
     error = (grad[:, some].double() - expected_grad).abs()
     assert (error <= 1e-4 * expected_grad.abs().max() + torch.finfo(torch.bfloat16).eps * expected_grad.abs()).all()
 
