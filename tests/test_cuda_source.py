@@ -232,8 +232,9 @@ def test_a_planted_fault_is_found(fault, cache, has_sanitizer, tmp_path):
     objects += [compile_object(CSRC / "cuda" / f"{v}.cu", CSRC, fault.finder, cache) for v in VERBS if v != faulty]
     objects.append(compile_object(NATIVE / "driver.cpp", CSRC, fault.finder, cache))
     driver = link(objects, fault.finder, tmp_path / "driver")
-    # Without a barrier threads may also wait for ever before the race is seen; that has been seen once.
-    for _ in range(3):
+    # Without a barrier threads may also wait for ever before the race is seen; that has been seen once. In one run of
+    # three a result of `moments` is wrong and the sanitizer sees no race.
+    for _ in range(6):
         done = run_driver(driver, 1, "one", seconds=60)
         assert done.returncode != 0
         if fault.report in done.stderr:

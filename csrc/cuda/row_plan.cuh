@@ -47,8 +47,8 @@ inline void cut(const Level& level, bool per_image, int64_t packet, int64_t roun
   row.across = row.chunks = row.tiles = row.length = row.blocks = 1;
   row.parts = row.log_lanes = row.log_finishers = 0;
   const auto tile = [&](int64_t length) {  // of so many positions at most, all of them about as long
-    row.length =
-        cdiv(cdiv(positions, cdiv(positions, length)), row.interleaved ? 1 : packet) * (row.interleaved ? 1 : packet);
+    const int64_t granule = row.interleaved ? 1 : packet;
+    row.length = static_cast<uint32_t>(cdiv(cdiv(positions, cdiv(positions, length)), granule) * granule);
     row.tiles = cdiv(positions, row.length);
     row.parts = static_cast<uint32_t>(images * row.tiles);
   };
@@ -76,7 +76,7 @@ inline void cut(const Level& level, bool per_image, int64_t packet, int64_t roun
 }
 
 // The levels of one launch, for kernels that move `width` numbers at once. Parts are as long as leaves half of BLOCKS
-// blocks: what a part costs beside its numbers is 300 instructions a thread.
+// blocks: what a part costs beside its numbers is some 430 instructions a thread.
 inline RowPlan plan_rows(const Level* levels, const std::vector<int64_t>& which, const double* scale, bool per_image,
                          int width) {
   RowPlan plan{};
