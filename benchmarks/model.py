@@ -70,7 +70,14 @@ KERNELS = {
     "mse, loss": Kernel(2, {"fp16": (8.4, 11.5)}),
     "mse, gradient": Kernel(3, {"fp16": (7.7, 12.9)}),
     "scale_": Kernel(2, {"fp32": (2.0, 2.0), "bf16": (2.0, 2.0)}),
+    # Beside the loops of the walks `planar` and `interleaved`, what a thread does before and after its 64 values: some
+    # 430 instructions where it adds up, 280 where it makes gradients.
+    "pkd": Kernel(2, {"fp32": (18.0, 18.5), "bf16": (17.9, 18.2), "fp16": (17.9, 17.9)}),
+    "pkd, gradient": Kernel(3, {"fp32": (14.3, 14.8), "bf16": (13.8, 14.1), "fp16": (13.8, 14.1)}),
+    "cwd": Kernel(2, {"fp32": (24.3, 26.3), "bf16": (23.7, 25.9), "fp16": (23.4, 25.6)}, 2.5),
+    "cwd, gradient": Kernel(3, {"fp32": (20.5, 20.8), "bf16": (19.9, 20.1), "fp16": (19.9, 20.1)}, 2),
 }
+ROW_LOSSES = ("pkd", "cwd")  # along rows of the features
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,15 @@ class Part:
     values: int
 
 
-def launches(case: Case) -> Iterator[tuple[str, list[Part]]]:
+def launches(case: Case, row_loss: str = "") -> Iterator[tuple[str, list[Part]]]:
     """What a step launches, in order: a name, and the parts that a launch goes through."""
     logits, feats = (case.positions * c for c in (case.k, case.channels))
+    if row_loss:
+        yield "fill", []  # of the counters with 0
+        yield "moments", [Part(row_loss, feats)]
+        yield "fill", []  # of the upstream gradient with 1, by autograd
+        yield "moments_backward", [Part(f"{row_loss}, gradient", feats)]
+        return
 
     def both(wanted: str) -> list[Part]:
         return [Part(f"bce{wanted}", logits), Part(f"mse{wanted}", feats)]
@@ -99,18 +112,19 @@ def launches(case: Case) -> Iterator[tuple[str, list[Part]]]:
         yield "scale_", [Part("scale_", logits + feats)] if case.scale != 1 else []
 
 
-def predict(case: Case, device: str, bandwidth: float) -> dict[str, Any] | None:
+def predict(case: Case, device: str, bandwidth: float, row_loss: str = "") -> dict[str, Any] | None:
     """Seconds of a step, and of each part by each limit; None for a device or a dtype that the model does not know.
 
     Args:
         device: the name that the driver gives.
         bandwidth: of a copy, bytes read and written a second.
+        row_loss: of ROW_LOSSES, over the features alone, instead of the richness losses.
     """
     known = next((found for name, found in DEVICES.items() if name in device), None)
     if known is None:
         return None
     seconds, parts = 0.0, []
-    for name, inside in launches(case):
+    for name, inside in launches(case, row_loss):
         seconds += LATENCY
         for part in inside:
             kernel = KERNELS[part.kernel]
@@ -139,11 +153,20 @@ def main() -> None:
             for dtype in ("fp32", "bf16", "fp16"):
                 for regime in STRIDES:
                     case = Case(regime, *size, dtype)
-                    found = predict(case, name, bandwidth)
-                    assert found is not None
-                    roof = 100 * case.bytes / bandwidth / found["seconds"]
-                    limits = ", ".join(f"{p['kernel']}: {p['limit']} {1e6 * p[p['limit']]:.1f}" for p in found["parts"])
-                    print(f"  {case.title:42} {1e6 * found['seconds']:8.1f} µs, {roof:3.0f} % of copy   ({limits})")
+                    print(line(case, name, bandwidth, case.bytes))
+                case = Case(next(iter(STRIDES)), *size, dtype)
+                for loss in ROW_LOSSES:
+                    read = 5 * case.positions * case.channels * DTYPES[dtype].itemsize  # and written: 2F, then 3F
+                    print(line(case, name, bandwidth, read, loss))
+
+
+def line(case: Case, device: str, bandwidth: float, moved: int, row_loss: str = "") -> str:
+    found = predict(case, device, bandwidth, row_loss)
+    assert found is not None
+    roof = 100 * moved / bandwidth / found["seconds"]
+    limits = ", ".join(f"{p['kernel']}: {p['limit']} {1e6 * p[p['limit']]:.1f}" for p in found["parts"])
+    title = f"{case.title} {row_loss}"
+    return f"  {title:46} {1e6 * found['seconds']:8.1f} µs, {roof:3.0f} % of copy   ({limits})"
 
 
 if __name__ == "__main__":
