@@ -328,6 +328,7 @@ void one_case() {
     run("one", rows(loss, {{1, 2, 40, 56}, {1, 4, 5, 7}}, f32, f32, contiguous, contiguous));  // several parts a row
     run("one", rows(loss, {{1, 4, 4, 8}}, f32, f32, misaligned, contiguous));
     run("one", rows(loss, {{1, 3, 4, 9}}, f64, f64, contiguous, contiguous));
+    run("one", rows(loss, {{2, 64, 6, 8}}, bf16, bf16, channels_last, channels_last));  // two threads finish a row
   }
   for (double factor : {0.3, 1.0}) run_scale("one", {333, 64}, {f32}, factor, f32);
 }
