@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,21 @@ from cases import FLOATS, assert_right, relative
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+from row_truth import Loss, cwd, cwd_swing, pkd, pkd_swing
+from row_truth import assert_right as assert_rows
 from torch import Tensor
 from truth import LAYOUTS, QFL, Answer, Levels, Pyramid, lay_out
 
-from frs_kernels import FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, quality_focal_distillation, richness_mask
+from frs_kernels import (
+    FSRLoss,
+    FSRTerms,
+    cwd_loss,
+    fsr_loss,
+    masked_imitation_loss,
+    pkd_loss,
+    quality_focal_distillation,
+    richness_mask,
+)
 from frs_kernels.levels import accumulate_dtype
 
 FEATURES = ("mse", "l1", "smooth_l1")
@@ -147,6 +159,22 @@ def check_richness_mask(case: Case, p: Pyramid, backend: str) -> None:
         assert relative(mass, right.sum()) <= (1e-13 if eps < 1e-10 else 1e-6)
 
 
+def check_rows(case: Case, p: Pyramid, backend: str) -> None:
+    """pkd of the features or cwd of the logits, against its published form."""
+    name, options = case.function.removesuffix("_loss"), dict(case.options)
+    student, teacher = (p.s, p.t) if name == "pkd" else (p.x, p.z)
+    kept = [i for i, s in enumerate(student) if s.numel() > (s.shape[1] if name == "pkd" else 0)]
+    if not kept:  # nothing to compare, whose published form is NaN
+        assert FUNCTIONS[case.function].call(student, teacher, backend=backend, **options).item() == 0
+        return
+    published, ours, swing = (partial(f, **options) for f in ROWS[name])
+    student, teacher = ([levels[i] for i in kept] for levels in (student, teacher))
+    assert_rows(Loss(name, published, ours, swing), student, teacher, backend, roundings=32)
+
+
+ROWS = {"pkd": (pkd, pkd_loss, pkd_swing), "cwd": (cwd, cwd_loss, cwd_swing)}
+
+
 class Function(NamedTuple):
     call: Callable[..., Any]
     options: Callable[[st.DrawFn, int], dict[str, Any]]  # for so many levels
@@ -247,12 +275,18 @@ def of_focal(draw: st.DrawFn, levels: int) -> dict[str, Any]:
     return {"detach": draw(st.booleans()), "beta": draw(betas("qfl")), "weight": weight, **common(draw, levels)}
 
 
+def of_cwd(draw: st.DrawFn, levels: int) -> dict[str, Any]:
+    return {"temperature": draw(st.sampled_from([1.0, 0.5, 4.0]))}
+
+
 GIVEN = ("float", "double", "bool", "four axes", "richness")
 FUNCTIONS = {
     "fsr_loss": Function(fsr_loss, of_fsr_loss, check_fsr_loss, ("none", *GIVEN)),
     "FSRLoss": Function(FSRLoss, of_fsr_loss, check_fsr_loss, ("none", *GIVEN)),
     "masked_imitation_loss": Function(masked_imitation_loss, of_imitation, check_imitation, GIVEN),
     "quality_focal_distillation": Function(quality_focal_distillation, of_focal, check_imitation, ("none", *GIVEN)),
+    "pkd_loss": Function(pkd_loss, lambda draw, levels: {}, check_rows),
+    "cwd_loss": Function(cwd_loss, of_cwd, check_rows),
     "richness_mask": Function(richness_mask, lambda draw, levels: {}, check_richness_mask),
 }
 
