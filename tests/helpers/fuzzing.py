@@ -169,7 +169,8 @@ def check_rows(case: Case, p: Pyramid, backend: str) -> None:
         return
     published, ours, swing = (partial(f, **options) for f in ROWS[name])
     student, teacher = ([levels[i] for i in kept] for levels in (student, teacher))
-    assert_rows(Loss(name, published, ours, swing), student, teacher, backend, roundings=32)
+    unit = options.get("temperature", 1.0) ** 2
+    assert_rows(Loss(name, published, ours, swing, unit), student, teacher, backend, roundings=32)
 
 
 ROWS = {"pkd": (pkd, pkd_loss, pkd_swing), "cwd": (cwd, cwd_loss, cwd_swing)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from truth import lay_out
 
 from frs_kernels import cwd_loss, pkd_loss
+from frs_kernels.levels import accumulate_dtype
 
 SIZES = ((2, 5, 8, 12), (2, 17, 3, 7), (2, 1, 1, 2))
 Levels = list[Tensor]
@@ -54,12 +55,13 @@ class Loss(NamedTuple):
     published: Callable[..., Tensor]
     ours: Callable[..., Any]
     swing: Callable[[Tensor], float]  # the size of the two numbers that a gradient is the difference of
+    unit: float = 1.0  # the size of the numbers that a level's value is the difference of
 
 
 PKD = Loss("pkd", pkd, pkd_loss, pkd_swing)
 CWD = Loss("cwd", cwd, cwd_loss, cwd_swing)
 TAU4 = Loss(
-    "cwd", partial(cwd, temperature=4.0), partial(cwd_loss, temperature=4.0), partial(cwd_swing, temperature=4.0)
+    "cwd", partial(cwd, temperature=4.0), partial(cwd_loss, temperature=4.0), partial(cwd_swing, temperature=4.0), 16.0
 )
 
 
@@ -96,14 +98,14 @@ def in_dtype(loss: Loss, s: Levels, t: Levels, dtype: torch.dtype) -> tuple[Tens
 
 def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, roundings: int = 8) -> None:
     """Within twice the error of the published form in the same dtype (fp32 for 16 bits), and a few roundings."""
-    working = torch.float64 if torch.float64 in (s[0].dtype, t[0].dtype) else torch.float32
+    working = accumulate_dtype(*s, *t)
     eps = torch.finfo(working).eps * (4 if working == torch.float64 else 1)  # the truth is rounded to fp64, too
     right, grads = in_dtype(loss, s, t, torch.float64)
     near, near_grads = in_dtype(loss, s, t, working)
     got = loss.ours(s, t, backend=backend)
     assert got.dtype == working
     assert got.shape == ()
-    bound = 2 * abs(near - right).item() + 16 * eps * (abs(right.item()) + len(s) / 8)
+    bound = 2 * abs(near - right).item() + 16 * eps * (abs(right.item()) + loss.unit * len(s) / 8)
     assert abs(got.item() - right.item()) <= bound
     for mine, x, r, e in zip(gradients(got, s), s, grads, near_grads, strict=True):
         assert mine.dtype == x.dtype
