@@ -14,7 +14,7 @@ BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
 VENV_DOCS := .venv-docs
 
-.PHONY: install demo study test test-asan lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
+.PHONY: install demo study test test-asan fuzz lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,16 @@ test-asan: install
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FRS_CPU=$(isa) \
 	  $(CURDIR)/$(BIN)/python -m pytest -n 2 -q -p no:cacheprovider -k "cpu-cpu or malformed" \
 	  $(ASAN_TESTS:%=$(CURDIR)/tests/test_%.py) && cd $(CURDIR) &&) true
+
+# 34,400 random calls: 8,000 of torch and of the CPU library in each instruction set (one that this CPU lacks falls back to a
+# narrower one), 400 of Triton's interpreter, 2,000 of the CUDA sources on the host. What fails is shrunk, printed as a
+# test, and tried first the next time; of the CUDA sources only its seed is printed.
+FUZZ_CASES ?= 2000
+FUZZ = FUZZ_CASES=$(FUZZ_CASES) FUZZ_KEEP=.hypothesis/fuzz OMP_NUM_THREADS=1 \
+  $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 0 -q tests/test_fuzz.py
+fuzz: install
+	$(foreach isa,baseline avx2 avx512,FRS_CPU=$(isa) $(FUZZ) -k cpu-cpu &&) true
+	$(FUZZ) tests/test_cuda_source.py -k "any_call and not cpu-cpu or random_calls"
 
 lint: install
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ class Kernel:
     tensors: int  # of a value each that are read or written
     instructions: dict[str, tuple[float, float]]  # of a thread, by dtype: contiguous, channels_last
     specials: float = 0  # ex2 and rcp: the exponentials of both logits, and one reciprocal
+    around: float = 0  # instructions before and after the loop
 
 
 # Counted in the machine code for sm_90 by tools/sass.py (docs/codegen-cuda.md): the walks `lines` and `positions`, of
@@ -70,7 +71,14 @@ KERNELS = {
     "mse, loss": Kernel(2, {"fp16": (8.4, 11.5)}),
     "mse, gradient": Kernel(3, {"fp16": (7.7, 12.9)}),
     "scale_": Kernel(2, {"fp32": (2.0, 2.0), "bf16": (2.0, 2.0)}),
+    # The walks `planar` and `interleaved`. Around them a thread takes some 430 instructions for its 64 values where it
+    # adds up, 280 where it makes gradients.
+    "pkd": Kernel(2, {"fp32": (11.3, 11.8), "bf16": (11.2, 11.5), "fp16": (11.2, 11.2)}, around=6.7),
+    "pkd, gradient": Kernel(3, {"fp32": (9.9, 10.4), "bf16": (9.4, 9.7), "fp16": (9.4, 9.7)}, around=4.4),
+    "cwd": Kernel(2, {"fp32": (17.6, 19.6), "bf16": (17.0, 19.2), "fp16": (16.7, 18.9)}, 2.5, around=6.7),
+    "cwd, gradient": Kernel(3, {"fp32": (16.1, 16.4), "bf16": (15.5, 15.7), "fp16": (15.5, 15.7)}, 2, around=4.4),
 }
+ROW_LOSSES = ("pkd", "cwd")  # along rows of the features
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,15 @@ class Part:
     values: int
 
 
-def launches(case: Case) -> Iterator[tuple[str, list[Part]]]:
+def launches(case: Case, row_loss: str = "") -> Iterator[tuple[str, list[Part]]]:
     """What a step launches, in order: a name, and the parts that a launch goes through."""
     logits, feats = (case.positions * c for c in (case.k, case.channels))
+    if row_loss:
+        yield "fill", []  # of the counters with 0
+        yield "moments", [Part(row_loss, feats)]
+        yield "fill", []  # of the upstream gradient with 1, by autograd
+        yield "moments_backward", [Part(f"{row_loss}, gradient", feats)]
+        return
 
     def both(wanted: str) -> list[Part]:
         return [Part(f"bce{wanted}", logits), Part(f"mse{wanted}", feats)]
@@ -99,24 +113,25 @@ def launches(case: Case) -> Iterator[tuple[str, list[Part]]]:
         yield "scale_", [Part("scale_", logits + feats)] if case.scale != 1 else []
 
 
-def predict(case: Case, device: str, bandwidth: float) -> dict[str, Any] | None:
+def predict(case: Case, device: str, bandwidth: float, row_loss: str = "") -> dict[str, Any] | None:
     """Seconds of a step, and of each part by each limit; None for a device or a dtype that the model does not know.
 
     Args:
         device: the name that the driver gives.
         bandwidth: of a copy, bytes read and written a second.
+        row_loss: of ROW_LOSSES, over the features alone, instead of the richness losses.
     """
     known = next((found for name, found in DEVICES.items() if name in device), None)
     if known is None:
         return None
     seconds, parts = 0.0, []
-    for name, inside in launches(case):
+    for name, inside in launches(case, row_loss):
         seconds += LATENCY
         for part in inside:
             kernel = KERNELS[part.kernel]
             if case.dtype not in kernel.instructions:
                 return None
-            instructions = kernel.instructions[case.dtype][case.layout == "channels_last"]
+            instructions = kernel.instructions[case.dtype][case.layout == "channels_last"] + kernel.around
             limits = {
                 "bytes": part.values * kernel.tensors * DTYPES[case.dtype].itemsize / bandwidth,
                 "instructions": part.values * instructions / known.issue_rate,
@@ -139,11 +154,20 @@ def main() -> None:
             for dtype in ("fp32", "bf16", "fp16"):
                 for regime in STRIDES:
                     case = Case(regime, *size, dtype)
-                    found = predict(case, name, bandwidth)
-                    assert found is not None
-                    roof = 100 * case.bytes / bandwidth / found["seconds"]
-                    limits = ", ".join(f"{p['kernel']}: {p['limit']} {1e6 * p[p['limit']]:.1f}" for p in found["parts"])
-                    print(f"  {case.title:42} {1e6 * found['seconds']:8.1f} µs, {roof:3.0f} % of copy   ({limits})")
+                    print(line(case, name, bandwidth, case.bytes))
+                case = Case(next(iter(STRIDES)), *size, dtype)
+                for loss in ROW_LOSSES:
+                    read = 5 * case.positions * case.channels * DTYPES[dtype].itemsize  # and written: 2F, then 3F
+                    print(line(case, name, bandwidth, read, loss))
+
+
+def line(case: Case, device: str, bandwidth: float, moved: int, row_loss: str = "") -> str:
+    found = predict(case, device, bandwidth, row_loss)
+    assert found is not None
+    roof = 100 * moved / bandwidth / found["seconds"]
+    limits = ", ".join(f"{p['kernel']}: {p['limit']} {1e6 * p[p['limit']]:.1f}" for p in found["parts"])
+    title = f"{case.title} {row_loss}"
+    return f"  {title:46} {1e6 * found['seconds']:8.1f} µs, {roof:3.0f} % of copy   ({limits})"
 
 
 if __name__ == "__main__":

@@ -97,12 +97,17 @@ struct RowTraits<RowLoss::cwd> {
     return {{least, least, 0, 0, 0}};
   }
 
+  // Sums as they are about other maxima, which are no smaller.
+  static FRS_INLINE Sums raised(const Sums& sums, double s, double t, double temperature) {
+    const double by_s = weight(sums.at[0], s, temperature), by_t = weight(sums.at[1], t, temperature);
+    return {{s, t, sums.at[2] * by_s, sums.at[3] * by_t, sums.at[4] * by_t}};
+  }
+
   static FRS_INLINE void add(Sums& to, const Sums& part, double temperature) {
     const double s = larger(to.at[0], part.at[0]), t = larger(to.at[1], part.at[1]);
-    const double by_s = weight(to.at[0], s, temperature), by_t = weight(to.at[1], t, temperature);
-    const double of_s = weight(part.at[0], s, temperature), of_t = weight(part.at[1], t, temperature);
-    to = {{s, t, to.at[2] * by_s + part.at[2] * of_s, to.at[3] * by_t + part.at[3] * of_t,
-           to.at[4] * by_t + part.at[4] * of_t}};
+    const Sums more = raised(part, s, t, temperature);
+    to = raised(to, s, t, temperature);
+    for (int i = 2; i < NUMBERS; ++i) to.at[i] += more.at[i];
   }
 
   template <class T>

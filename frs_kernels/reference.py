@@ -138,6 +138,10 @@ def _imitate_entry(
     sums = []
     for x_b, z_b, share_b, coefficient_b, grad_b in _blocks(x, z, share, coefficient, grad, whole=whole):
         pair = [v.to(share.dtype) for v in (x_b, z_b)]
+        if not torch.compiler.is_compiling() and pair[0].stride() != pair[1].stride():
+            # On a CPU sigmoids of numbers in a row and of numbers apart differ in the last bit: equal logits would not
+            # agree, and beta |d|^(beta-1) sign(d) of a d that is nearly 0 is not small.
+            pair[1] = torch.empty_like(pair[0]).copy_(pair[1])
         value, slope = at(*(pair if tau == 1 else [v / tau for v in pair]), beta, want_loss)
         if value is not None:
             sums.append((value.sum(1, keepdim=True) * share_b).sum())

@@ -63,6 +63,10 @@ def test_every_architecture_has_every_kernel(kernels):
     assert {arguments[0] for arguments in first if sass.packet(arguments) > 1} == DTYPES
     if verb == "score":
         assert len(first) == 6  # four dtypes, and any dtype in fp32 and fp64
+    elif verb in sass.ROW_VERBS:
+        assert len({arguments[:3] for arguments in first}) == 8  # pairs of dtypes, as below
+        assert {arguments[-1] for arguments in first} == set(sass.ROW_LOSSES)
+        assert len(first) == 8 * len(sass.ROW_LOSSES)
     else:
         pairs = {arguments[:3] for arguments in first}
         assert len(pairs) == 8  # the four, two of fp32 from 16 bits, and any pair in fp32 and fp64
@@ -79,7 +83,7 @@ def test_a_kernel_over_the_limit_is_a_fault(kernels):
     assert "load" in wide._replace(wide_loads=0).fault()
     assert "stack" in wide._replace(stack=8).fault()
     assert "spill" in wide._replace(spills=1).fault()
-    if wide.verb != "score":
+    if wide.verb not in ("score", "moments"):
         stores = next(k for k in kernels if k.packet > 1 and "loss" not in k.arguments)
         assert "store" in stores._replace(wide_stores=0).fault()
 
@@ -111,6 +115,17 @@ def test_a_round_keeps_all_its_packets_under_way(walks):
             assert walk.loads == {128: packets if narrow else 2 * packets, **narrow}, str(walk)
             assert walk.stores == ({} if want == "loss" else {128: packets}), str(walk)
             assert walk.values == packets * int(width), str(walk)
+
+
+def test_rows_keep_their_packets_under_way(walks):
+    """Four packets of each operand, half as many where the registers would not do."""
+    for kernel, found in walks.items():
+        for walk in found:
+            if walk.walk in sass.ROW_WALKS:
+                sums = kernel[0] == "moments" and kernel[-1] == "pkd" and walk.walk == "interleaved" and walk.bits == 16
+                packets = 2 if sums or walk.bits == 64 else 4
+                assert sum(walk.loads.values()) == 2 * packets, str(walk)
+                assert walk.stores == ({} if kernel[0] == "moments" else {128: packets}), str(walk)
 
 
 @pytest.mark.parametrize("key", sass.BUDGETS)

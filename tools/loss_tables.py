@@ -32,8 +32,8 @@ def compared(name: str, results: dict[str, Any]) -> Iterator[str]:
         f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {len(settings['seeds'])} "
         "seeds; gain over the student alone, seed by seed. Weights: the best of three multiples of those at which each "
         "term's gradient equals the rest's, by the mean AP on the same pictures after the short schedule with "
-        f"{len(settings['tuning_seeds'])} other seeds. Two are told apart, and one beats another, where 95 % confidence "
-        f"(Student's t) says so of their difference, seed by seed. {processor(results['machine'])}."
+        f"{len(settings['tuning_seeds'])} other seeds. Two are told apart, and one beats another, where 95 % "
+        f"confidence (Student's t) says so of their difference, seed by seed. {processor(results['machine'])}."
     )
     yield ""
     yield " ".join(meant(arms))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sass
 from sass import LIBRARY, ROOT
 
-KERNELS = ("score", "imitate", "softmax", "scale")
+KERNELS = ("score", "imitate", "softmax", "scale", "moments", "moments_backward")
 ARCHITECTURES = (80, 90, 100, 120)
 MAX_REGISTERS = 128  # four blocks of 128 threads a multiprocessor
 
@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
             return f"{self.stack} bytes of stack, {self.local} of local memory, {self.spills} spill instructions"
         if self.packet > 1 and not self.wide_loads:
             return "no 16-byte load"
-        stores = self.verb != "score" and "loss" not in self.arguments
+        stores = self.verb not in ("score", "moments") and "loss" not in self.arguments
         if self.packet > 1 and stores and not self.wide_stores:
             return "no 16-byte store"
         return ""
@@ -101,8 +101,8 @@ spills, takes more than {most} registers, or has no 16-byte access where rows ar
 {kernels} kernels for {architectures} architectures. Most registers: {registers}. Stack and local memory: {memory}
 bytes. Spill instructions: {spills}. Template arguments: dtypes of student and teacher (Any: read at run time), what is
 computed in, the numbers that are moved at once, the losses (usual: mse and bce at temperature 1; every: all pointwise
-ones), and what is wanted of them (any: read at run time). `softmax` is imitate of a loss of groups; in 16 bits its
-accesses are of 8 bytes. Instructions and accesses are sm_90's.
+ones), and what is wanted of them (any: read at run time), or the loss along rows. `softmax` is imitate of a loss of
+groups; in 16 bits its accesses are of 8 bytes. Instructions and accesses are sm_90's.
 
 | kernel | registers sm_80 / 90 / 100 / 120 | shared bytes | instructions | 16-byte loads | 16-byte stores |
 |---|---|---|---|---|---|
@@ -128,7 +128,11 @@ the width of the level. `make test` fails where a walk is missing or passes its 
 {walks}
 `score`: the loops with five and with eight packets under way, few classes (a value of four), one number at a time.
 
-{score}"""
+{score}
+The losses along rows (`csrc/cuda/row_walks.cuh`): a planar row's packets, interleaved ones, what is left at a planar
+row's two ends, one number at a time; budget: of the first two.
+
+{moments}"""
 
 
 def markdown(found: list[Kernel]) -> str:
@@ -157,6 +161,7 @@ def markdown(found: list[Kernel]) -> str:
         positions=sass.MORE["positions"],
         walks=tables["imitate"],
         score=tables["score"],
+        moments=tables["moments"],
     )
 
 

@@ -26,6 +26,8 @@ LIBRARY = ROOT / "frs_kernels" / "lib" / "libfrs_cuda.so"
 ARCHITECTURE = 90
 WALKS = ("lines", "run", "positions")  # that move packets; `numbers` moves one number at a time
 SCORE = {"five": 5, "eight": 8}  # packets under way in the loops of `score`
+ROW_VERBS = ("moments", "moments_backward")
+ROW_WALKS = ("planar", "interleaved")  # that move packets, of csrc/cuda/row_walks.cuh; `ends` are a run's two ends
 USUAL = ("mse", "bce")  # the losses of the kernels that know what is wanted
 # The unit for exp and 1/x gives 16 results a clock and multiprocessor: a warp's 32 take as long as 8 instructions.
 SLOTS_OF_MUFU = 8
@@ -39,6 +41,14 @@ BUDGETS = {
     ("mse", 32, "both"): 17,
     ("score", 16, ""): 3,
     ("score", 32, ""): 3,
+    ("moments", 16, "pkd"): 13,
+    ("moments", 32, "pkd"): 14,
+    ("moments", 16, "cwd"): 21,
+    ("moments", 32, "cwd"): 22,
+    ("moments_backward", 16, "pkd"): 11,
+    ("moments_backward", 32, "pkd"): 13,
+    ("moments_backward", 16, "cwd"): 17,
+    ("moments_backward", 32, "cwd"): 19,
 }
 # What a packet may take beyond that: where it lies, and its shares from shared memory.
 MORE = {"lines": 0, "run": 20, "positions": 32}
@@ -86,12 +96,13 @@ class Walk(NamedTuple):
 
     def key(self) -> tuple[str, int, str]:
         """Of its budget."""
-        key = (self.loss or self.kernel[0], self.bits, self.kernel[-1] if self.loss else "")
+        named = self.loss or self.kernel[0] in ROW_VERBS
+        key = (self.loss or self.kernel[0], self.bits, self.kernel[-1] if named else "")
         return key if key in BUDGETS else (*key[:2], "both")
 
     def budget(self) -> float | None:
         most = BUDGETS.get(self.key())
-        if most is None or self.walk not in (*MORE, *SCORE):
+        if most is None or self.walk not in (*MORE, *SCORE, *ROW_WALKS):
             return None
         return most + MORE.get(self.walk, 0) / packet(self.kernel)
 
@@ -119,6 +130,7 @@ def enumerators(path: str, name: str) -> list[str]:
 
 _NAMES = enumerators("pointwise.h", "Loss")
 LOSSES = _NAMES[: _NAMES.index("POINTWISE")]
+ROW_LOSSES = enumerators("row_losses.h", "RowLoss")[:-1]
 WANTS = enumerators("cuda/imitate.cu", "Want")
 
 
@@ -135,6 +147,7 @@ def signature(name: str) -> tuple[str, ...]:
 
     short = re.sub(r"Losses<[^>]*>", losses, found[2] or "")
     short = re.sub(r"\(Want\)(\d+)", lambda match: WANTS[int(match[1])], short)
+    short = re.sub(r"\(RowLoss\)(\d+)", lambda match: ROW_LOSSES[int(match[1])], short)
     return found[1], *(word for word in short.split(", ") if word)
 
 
@@ -208,6 +221,11 @@ def walks(kernel: tuple[str, ...], code: list[Step]) -> list[Walk]:
         if named:
             mufu = sum(op.startswith("MUFU") for op in ops)
             found.append((way[0], Walk(kernel, *named, len(way), mufu, loads, stores, 0)))
+    if kernel[0] in ROW_VERBS:  # what follows a run's ends is its packets
+        found = [
+            (start, walk._replace(walk="interleaved") if walk.walk == "planar" and before.walk != "ends" else walk)
+            for (_, before), (start, walk) in zip([found[-1], *found], found, strict=False)
+        ]
     return [walk._replace(before=before(code, start)) for start, walk in found]
 
 
@@ -234,6 +252,12 @@ def name_of(
         if wide:
             return next((("", walk, values) for walk, packets in SCORE.items() if packets == loads), None)
         return ("", "numbers", 16) if loads >= 16 else None
+    if kernel[0] in ROW_VERBS:
+        if any("STRONG" in op for op in ops) or not loads or loads % 2 or (kernel[0] == "moments") == bool(stores):
+            return None  # the sums of parts
+        if loads == 2:
+            return "", "ends", 1
+        return "", "planar" if wide else "numbers", loads // 2 * (packet(kernel) if wide else 1)
     if kernel[0] != "imitate" or loads not in (4, 8):
         return None
     pairs, width = loads // 2, packet(kernel) if wide else 1
@@ -251,6 +275,9 @@ def expected(kernel: tuple[str, ...]) -> Counter[tuple[str, str]]:
     """How many loops a kernel has of each loss and walk."""
     if kernel[0] == "score":
         names = ["numbers", "few numbers", *(["few", *SCORE] if packet(kernel) > 1 else [])]
+        return Counter(("", name) for name in names)
+    if kernel[0] in ROW_VERBS:
+        names = ["numbers", "numbers", *(["ends", *ROW_WALKS] if packet(kernel) > 1 else [])]
         return Counter(("", name) for name in names)
     if kernel[0] != "imitate":
         return Counter()
@@ -312,6 +339,7 @@ def faults(made: dict[tuple[str, ...], list[Walk]]) -> list[str]:
 COLUMNS = {
     "imitate": (*WALKS, "numbers", "values", "unit", "slots", "budget", "loads", "stores", "before"),
     "score": (*SCORE, "few", "numbers", "budget", "before"),
+    "moments": (*ROW_WALKS, "ends", "numbers", "unit", "budget", "before"),
 }
 
 
@@ -333,16 +361,20 @@ def cells(found: dict[str, Walk], first: Walk) -> dict[str, str]:
 
 
 def tables(made: dict[tuple[str, ...], list[Walk]]) -> dict[str, str]:
-    """Instructions a value by verb: of the usual kernels of `imitate` by loss, and of `score`."""
+    """Instructions a value by verb: of the usual kernels of `imitate` by loss, of `score`, of the losses along rows."""
     lines: dict[str, list[str]] = {verb: [] for verb in COLUMNS}
     for kernel, all_found in made.items():
         for loss in USUAL if "usual" in kernel else ("",):
             found = {walk.walk: walk for walk in all_found if walk.loss == loss}
-            first = found.get(WALKS[0] if loss else next(iter(SCORE)))
-            if first and (loss or kernel[0] == "score"):
+            of_rows = kernel[0] in ROW_VERBS
+            first = found.get(WALKS[0] if loss else ROW_WALKS[0] if of_rows else next(iter(SCORE)))
+            if first and (loss or of_rows or kernel[0] == "score"):
+                verb = "moments" if of_rows else kernel[0]
                 name = f"{loss} {kernel[1]}, {kernel[2]}, {kernel[-1]}" if loss else kernel[1]
+                if of_rows:
+                    name = f"{kernel[-1]} {kernel[1]}, {kernel[2]}{' backward' if kernel[0] != verb else ''}"
                 row = cells(found, first)
-                lines[kernel[0]].append(f"| {name} | {' | '.join(row.get(c, 'missing') for c in COLUMNS[kernel[0]])} |")
+                lines[verb].append(f"| {name} | {' | '.join(row.get(c, 'missing') for c in COLUMNS[verb])} |")
     heads = {verb: f"| {verb} | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|" for verb, names in COLUMNS.items()}
     return {verb: "\n".join([heads[verb], *sorted(body)]) + "\n" for verb, body in lines.items()}
 

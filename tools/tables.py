@@ -9,7 +9,7 @@
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
     which-loss              the losses-DATA.json there, of `make study`
-    speed, speed-cpu, losses,
+    speed, speed-cpu, losses, losses-short,
     speed-short,
     targets, gpu-targets,
     ladder                  benchmarks/results, with its plots
@@ -26,7 +26,7 @@ import sys
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -172,6 +172,48 @@ def losses() -> list[str]:
     return lines[:-1]
 
 
+class Known(NamedTuple):
+    """A loss as README's table has it, and its name in losses.json."""
+
+    measured: str
+    loss: str
+    source: str
+    call: str
+
+
+KNOWN = (
+    Known("", "FRS", "Du et al., NeurIPS 2021", "`fsr_loss(s, t, x, z)`"),
+    Known("pkd", "PKD", "Cao et al., NeurIPS 2022; mmrazor", "`pkd_loss(s, t)`"),
+    Known("cwd, features, tau 1", "CWD", "Shu et al., ICCV 2021; mmrazor", "`cwd_loss(s, t)`"),
+    Known(
+        "quality focal, beta 1", "quality focal", "Li et al., NeurIPS 2020; CrossKD",
+        "`quality_focal_distillation(x, z)`",
+    ),
+    Known(
+        "localization distillation", "LD", "Zheng et al., CVPR 2022; mmdetection",
+        "`localization_distillation(boxes, teacher_boxes, mask)`",
+    ),
+    Known(
+        "softmax KL of 80 classes", "softmax KL", "Hinton et al., 2015; YOLOv6",
+        '`masked_imitation_loss(x, z, mask, loss="softmax_kl")`',
+    ),
+)  # fmt: skip
+
+
+def losses_short() -> list[str]:
+    """What may be called, and what it costs beside eager PyTorch and its compiler, where that was measured."""
+    record = next(filter(None, (report.read(folder, "losses") for folder in devices())))
+    rows = []
+    for known in KNOWN:
+        cells = ["as above", ""]
+        if known.measured:
+            times = report.timed(record["losses"][known.measured]["implementations"])
+            ours = times[str(report.best_of_ours(record["losses"][known.measured]["implementations"]))]
+            cells = [f"{times[rival] / ours:.1f}×" for rival in ("eager", "torch.compile")]
+        rows.append([known.loss, known.source, known.call, *cells])
+    return [*markdown(("loss", "source", "call", "eager", "torch.compile"), rows), "", f"{heading(record)}."]
+
+
 def speed_short() -> list[str]:
     """One size of that grid, each detector's."""
     record = report.read(devices()[0], "loss")
@@ -257,6 +299,7 @@ BLOCKS = {
     "speed": (speed, (ROOT / "docs" / "performance.md",)),
     "speed-cpu": (partial(speed, "cpu"), (ROOT / "docs" / "performance.md",)),
     "losses": (losses, (ROOT / "docs" / "performance.md",)),
+    "losses-short": (losses_short, (ROOT / "README.md",)),
     "speed-short": (speed_short, (ROOT / "README.md",)),
     **{
         f"measured {folder.name}": (partial(measured, folder), (ROOT / "docs" / "measured" / f"{folder.name}.md",))

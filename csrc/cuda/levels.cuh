@@ -41,6 +41,19 @@ __device__ __forceinline__ int64_t position_offset(const Operand& operand, uint3
   return p / width * operand.h + p % width * operand.w;
 }
 
+template <class T>
+__device__ __forceinline__ int64_t bytes_as(DType dtype) {
+  if constexpr (std::is_same_v<T, Any>)
+    return bytes_of(dtype);
+  else
+    return sizeof(T);
+}
+
+template <class T>
+__device__ __forceinline__ char* address(const Operand& operand, int64_t at) {
+  return static_cast<char*>(operand.data) + at * bytes_as<T>(operand.dtype);
+}
+
 // n / d where n d < 2^32, given divider(d): a multiplication.
 inline uint32_t divider(uint32_t d) { return d == 1 ? 0 : UINT32_MAX / d + 1; }
 __device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t divider) { return divider ? __umulhi(n, divider) : n; }

@@ -1,6 +1,7 @@
 // Loads and stores of V numbers at once, and of one number whose dtype is known only at run time.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -201,6 +202,60 @@ struct Held {
       const auto numbers = packet();
 #pragma unroll
       for (int i = 0; i < V; ++i) to[i] = widen(numbers.at[i]);
+    }
+  }
+};
+
+// The largest so far of V numbers each, in the registers that the maximum works on.
+template <class T, class A, int V>
+struct Top {
+  static constexpr bool PAIRS = sizeof(T) == 2 && V > 1;
+  static constexpr int SIZE = PAIRS ? V / 2 : V;
+  using Word = std::conditional_t<PAIRS, uint32_t, A>;
+  Word at[SIZE];
+
+  static __device__ __forceinline__ Word most(Word a, Word b) {
+    if constexpr (PAIRS)
+      return larger_pair<T>(a, b);
+    else
+      return larger(a, b);
+  }
+
+  __device__ __forceinline__ Top() {
+    constexpr uint32_t NOTHING = std::is_same_v<T, bf16> ? 0xff80ff80u : 0xfc00fc00u;  // minus infinity, twice
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i)
+      if constexpr (PAIRS)
+        at[i] = NOTHING;
+      else
+        at[i] = -INFINITY;
+  }
+  __device__ __forceinline__ void take(const Held<T, A, V>& held) {
+    if constexpr (PAIRS) {
+      uint32_t words[SIZE];
+      memcpy(words, &held.word, sizeof(words));
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], words[i]);
+    } else {
+      const auto packet = held.packet();
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], A(widen(packet.at[i])));
+    }
+  }
+  // With that of the lane `offset` threads on.
+  __device__ __forceinline__ void meet(uint32_t offset) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) at[i] = most(at[i], __shfl_down_sync(0xffffffffu, at[i], offset));
+  }
+  __device__ __forceinline__ void widen_to(A (&to)[V]) const {
+    if constexpr (PAIRS) {
+      T numbers[V];
+      memcpy(numbers, at, sizeof(numbers));
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[i] = widen(numbers[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[i] = at[i];
     }
   }
 };

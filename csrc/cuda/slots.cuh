@@ -68,10 +68,10 @@ __device__ __forceinline__ bool store_partial(const Workspace& workspace, uint32
 }
 
 // In the last block: the sums of the slots of every row of the table, given to write(row, sum) by a thread each, and
-// left in shared memory: sums[row]. Warps take chunks of slots in turn, so that short rows do not wait for one another:
-// ten rows, one after another, took 2 us more of a step of 24 (H200).
-template <class E, class F>
-__device__ __forceinline__ const double* sum_rows(const Workspace& workspace, const Table<E>& table, const F& write) {
+// left in shared memory: sums[row]. A table is what has `starts` and `count`. Warps take chunks of slots in turn, so
+// that short rows do not wait for one another: ten rows, one after another, took 2 us more of a step of 24 (H200).
+template <class T, class F>
+__device__ __forceinline__ const double* sum_rows(const Workspace& workspace, const T& table, const F& write) {
   __shared__ double parts[MAX_ROWS][WARPS];
   __shared__ double sums[MAX_ROWS];
   constexpr uint32_t UNDER_WAY = 8, CHUNK = UNDER_WAY * WARP;

@@ -103,19 +103,6 @@ struct Share {
   }
 };
 
-template <class T>
-__device__ __forceinline__ int64_t bytes_as(DType dtype) {
-  if constexpr (std::is_same_v<T, Any>)
-    return bytes_of(dtype);
-  else
-    return sizeof(T);
-}
-
-template <class T>
-__device__ __forceinline__ char* address(const Operand& operand, int64_t at) {
-  return static_cast<char*>(operand.data) + at * bytes_as<T>(operand.dtype);
-}
-
 template <class W, int V>
 struct Pair {
   Held<typename W::S, typename W::A, V> x;

@@ -6,7 +6,7 @@ The checks are functions, so that test_meta.py can plant faults and show that th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,8 +77,8 @@ def relative(a: Tensor, b: Tensor) -> float:
     return difference / size if size else difference
 
 
-def working_dtype(p: Pyramid) -> torch.dtype:
-    every = [v for levels in p.inputs if levels is not None for v in levels]
+def working_dtype(p: Pyramid, mask: Levels | None = None) -> torch.dtype:
+    every = [v for levels in (*p.inputs, mask) if levels is not None for v in levels]
     return torch.float64 if all(v.dtype == torch.float64 for v in every) else torch.float32
 
 
@@ -96,8 +96,8 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
     own dtype. At least two roundings of what is subtracted (for logits share * sigmoid(x)), since a pyramid of a few
     numbers may be right by chance; in fp64 four, since the truth itself is rounded to fp64.
     """
-    dtype = working_dtype(p)
-    eps = torch.finfo(dtype).eps * (2 if dtype == torch.float64 else 1)
+    dtype = working_dtype(p, options.get("mask"))
+    eps = torch.finfo(dtype).eps
     grads = eager(p, dtype=dtype, **options).grads
     worst = max(relative(a, b) for a, b in zip(grads, expected.grads, strict=True))
     subtracted = expected.grads
@@ -116,9 +116,9 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
 
 
 def assert_gradients(
-    actual: Sequence[Tensor], like: Sequence[Tensor], expected: Levels, errors: Sequence[float]
+    actual: Sequence[Tensor], like: Sequence[Tensor], expected: Levels, errors: Sequence[float], roundings: int = 1
 ) -> None:
-    """dtype, shape, strides of `like`; values within twice eager's error, and one ulp for the rounding to the dtype."""
+    """dtype, shape, strides of `like`; values within twice eager's error, and an ulp for each rounding to the dtype."""
     for number, (grad, leaf, right, error) in enumerate(zip(actual, like, expected, errors, strict=True)):
         where = f"gradient {number}"
         assert grad.dtype == leaf.dtype, where
@@ -126,32 +126,48 @@ def assert_gradients(
         assert grad.stride() == torch.empty_like(leaf).stride(), where
         assert torch.isfinite(grad).all(), f"{where} is not finite"
         if right.numel():
-            allowed = 2 * error + ulp(right, leaf.dtype)
+            allowed = 2 * error + roundings * ulp(right, leaf.dtype)
             worst = ((grad.double() - right).abs() / allowed).max().item()
             assert worst <= 1, f"{where}: {worst:.3g} times the bound"
 
 
-def assert_right(p: Pyramid, backend: str, **options: Any) -> Answer:
-    """The loss, its terms and its gradients on `backend` against the truth of the very values in `p`."""
+def assert_right(
+    p: Pyramid,
+    backend: str,
+    call: Callable[..., Answer] = run,
+    pull: dict[str, float] | None = None,
+    **options: Any,
+) -> Answer:
+    """The loss, its terms and its gradients on `backend` against the truth of the very values in `p`.
+
+    Of another `call` than `fsr_loss` with all its terms, what is None is not looked at. `pull`: the weights whose loss
+    has the gradients that the call's have after the upstream ones, if those are not 1.
+    """
     mode = {key: options.pop(key) for key in ("grad_mode",) if key in options}
-    actual, expected = run(p, backend, **options, **mode), truth(host(p), **_host(options))
-    double = working_dtype(p) == torch.float64
+    actual, expected = call(p, backend, **options, **mode), truth(host(p), **_host(options))
+    working = working_dtype(p, options.get("mask"))
+    double = working == torch.float64
     cancels = options.get("cls_loss") in CANCELS
-    of = partial(size, eps=torch.finfo(working_dtype(p)).eps)
+    of = partial(size, eps=torch.finfo(working).eps)
     scale = truth(host(p), **_host(options), of=of) if cancels else expected
     loosened = condition(host(p), **options) if p.x else 1.0
     for name in ("loss", "feat", "cls", "feat_per_level", "cls_per_level", "mass"):
+        if getattr(actual, name) is None:
+            continue
         a, b, most = (getattr(answer, name).double().cpu() for answer in (actual, expected, scale))
         allowed = (1e-13 if double else 1e-6) * most.abs() * loosened
         assert ((a - b).abs() <= allowed).all(), f"{name}: {a.tolist()} is not {b.tolist()}"
-    for level, (a, b) in enumerate(zip(actual.mask, expected.mask, strict=True)):
+    for level, (a, b) in enumerate(zip(actual.mask or expected.mask, expected.mask, strict=True)):
         assert a.shape == b.shape
-        assert relative(a.cpu(), b) <= 4 * torch.finfo(working_dtype(p)).eps, f"mask of level {level}"
+        assert relative(a.cpu(), b) <= 4 * torch.finfo(working).eps, f"mask of level {level}"
     accumulated = torch.float64 if any(v.dtype == torch.float64 for v in _all(p)) else torch.float32
     assert actual.loss.dtype == accumulated
     grads = [g.cpu() for g in actual.grads] if p.student and p.student[0].is_cuda else actual.grads
     like = host(p).student if p.student and p.student[0].is_cuda else p.student
-    assert_gradients(grads, like, expected.grads, eager_error(host(p), expected, **_host(options)))
+    pulled = options if pull is None else options | pull
+    expected = expected if pull is None else truth(host(p), **_host(pulled))
+    errors = eager_error(host(p), expected, **_host(pulled))
+    assert_gradients(grads, like, expected.grads, errors, roundings=1 if pull is None else 2)
     return actual
 
 

@@ -128,12 +128,15 @@ def value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float
         return d
     if loss == "smooth_l1":
         return torch.where(d < beta, d**2 / (2 * beta), d - beta / 2)
-    x, z = x / temperature, z / temperature
     if loss == "softmax_kl":
-        log_p, log_q = log_softmax(x, beta), log_softmax(z, beta)
+        log_p, log_q = log_softmax(x / temperature, beta), log_softmax(z / temperature, beta)
         return temperature**2 * log_q.exp() * (log_q - log_p)
+    # Where x > 0 that of -x and -z, which is the same: 1 - p and softplus(x) - x q would keep few digits of fp64 there.
+    mirror = torch.where(x > 0, -1.0, 1.0)
+    x, z = mirror * x / temperature, mirror * z / temperature
     bce = softplus(x) - x * torch.sigmoid(z)
-    entropy = softplus(z) - z * torch.sigmoid(z)
+    low = -z.abs()  # likewise
+    entropy = softplus(low) - low * torch.sigmoid(low)
     if loss in QFL:
         bce = bce * power(torch.sigmoid(x) - torch.sigmoid(z), beta, detach=loss == "qfl_detached")
     return temperature**2 * (bce - entropy if loss == "kl" else bce)
@@ -225,7 +228,9 @@ def truth(
     **options: Any,
 ) -> Answer:
     """The definition, in fp64, of the values the tensors hold; or `size` in its place."""
-    return _answer(p.to(torch.float64), *_values(of, feat_loss, cls_loss, temperature, beta), **options)
+    return _answer(
+        p.map(lambda v: v.double().contiguous()), *_values(of, feat_loss, cls_loss, temperature, beta), **options
+    )
 
 
 def authors(p: Pyramid, **options: Any) -> Answer:
@@ -247,8 +252,16 @@ def eager(
     beta: float = 1.0,
     **options: Any,
 ) -> Answer:
-    """What a user writes with PyTorch's own losses, in `dtype`."""
-    return _answer(p.to(dtype), *_values(eager_value, feat_loss, cls_loss, temperature, beta), **options)
+    """What a user writes with PyTorch's own losses, in `dtype`.
+
+    Contiguous, since PyTorch's sigmoid of numbers in a row and of numbers apart differ in the last bit, and with it the
+    slope of qfl where student and teacher agree.
+    """
+    return _answer(
+        p.map(lambda v: v.to(dtype).contiguous()),
+        *_values(eager_value, feat_loss, cls_loss, temperature, beta),
+        **options,
+    )
 
 
 def lay_out(v: Tensor, layout: str) -> Tensor:

@@ -113,17 +113,30 @@ inline int launches = 0;
 inline void __syncthreads() { host::block().barrier.wait(); }
 inline void __threadfence() {}
 
+namespace host {
+
+// What a lane of this warp has, or this lane's own where there is no such lane.
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+T lane_value(unsigned mask, T value, unsigned from) {
   static_assert(sizeof(T) <= 8);
   if (mask != 0xffffffffu) std::abort();
-  const unsigned lane = threadIdx.x % host::WARP;
-  host::Warp& warp = *host::block().warps[threadIdx.x / host::WARP];
-  std::memcpy(warp.exchange[lane], &value, sizeof(T));
+  Warp& warp = *block().warps[threadIdx.x / WARP];
+  std::memcpy(warp.exchange[threadIdx.x % WARP], &value, sizeof(T));
   warp.barrier.wait();
-  if (lane + delta < host::WARP) std::memcpy(&value, warp.exchange[lane + delta], sizeof(T));
+  if (from < WARP) std::memcpy(&value, warp.exchange[from], sizeof(T));
   warp.barrier.wait();
   return value;
+}
+
+}  // namespace host
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  return host::lane_value(mask, value, threadIdx.x % host::WARP + delta);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned other) {
+  return host::lane_value(mask, value, (threadIdx.x % host::WARP) ^ other);
 }
 
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }

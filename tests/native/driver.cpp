@@ -3,10 +3,12 @@
 //
 //     driver SEED             all cases
 //     driver SEED one         a few small cases that reach every walk and every branch of the sums, for planted faults
+//     driver SEED random N    N random calls, each with a seed of its own: the next after the one before
 //     driver SEED far         images and channels more than 2^31 numbers apart; 77 if there are no such addresses
 #include <unistd.h>
 
 #include "checks.h"
+#include "row_checks.h"
 
 namespace {
 
@@ -137,6 +139,33 @@ void softmax() {
     }
 }
 
+// As `mixed`, with more of everything.
+void random_call() {
+  constexpr int64_t WIDTHS[] = {1, 2, 3, 4, 5, 7, 8, 16, 17, 24, 31, 32, 33, 64, 80, 130};
+  const auto width = [&] { return WIDTHS[pick(0, static_cast<int>(std::size(WIDTHS)) - 1)]; };
+  const auto side = [] { return pick(0, 9) ? pick(1, 13) : 0; };
+  const auto layout = [] { return static_cast<Layout>(pick(0, LAYOUTS - 1)); };
+  const auto dtype = [] { return DTYPES[pick(0, 3)]; };
+  Call call;
+  for (int t = pick(1, 3); t > 0; --t)
+    for (const TermSpec& term : terms(pick(0, 1259))) call.terms.push_back(term);  // their period
+  call.terms.resize(pick(1, static_cast<int>(call.terms.size())), TermSpec{Loss::mse});
+  for (int l = pick(0, 3) ? pick(1, 5) : pick(6, 20); l > 0; --l)
+    call.levels.push_back({pick(0, 5) ? pick(1, 2) : 0, width(), side(), side()});
+  call.logits = dtype(), call.logits_layout = layout();
+  const int levels = static_cast<int>(call.levels.size()), terms = static_cast<int>(call.terms.size());
+  const bool one_pair = pick(0, 1);
+  const DType student = dtype(), teacher = dtype();
+  for (int e = std::max({levels, terms, pick(1, 20)}); e > 0; --e)
+    call.entries.push_back({e <= levels ? e - 1 : pick(0, levels - 1), e <= terms ? e - 1 : pick(0, terms - 1), width(),
+                            one_pair ? student : dtype(), one_pair ? teacher : dtype(), layout(), layout(),
+                            pick(0, 3) ? std::fabs(normal(0, 1)) : 0, pick(0, 1) ? std::fabs(normal(0, 1)) : 0});
+  call.joint = pick(0, 2) == 0;
+  call.together = pick(0, 2) > 0;
+  call.f64_scores = pick(0, 7) == 0;
+  run("random call", call);
+}
+
 void edges(int& i) {
   for (DType d : DTYPES) {
     const auto l = d == f16 ? channels_last : contiguous;
@@ -191,6 +220,63 @@ void sizes() {
   run("3 classes, many positions", plain(Loss::bce, {{2, 3, 50, 64}, {2, 3, 25, 33}}, bf16, contiguous));
 }
 
+constexpr RowLoss ROW_LOSSES[] = {RowLoss::pkd, RowLoss::cwd};
+
+RowCall rows(RowLoss loss, const std::vector<Shape>& shapes, DType s, DType t, Layout sl, Layout tl) {
+  RowCall call{loss, {}};
+  for (const Shape& shape : shapes) call.levels.push_back({shape, s, t, sl, tl, 1 + 0.25 * call.levels.size()});
+  return call;
+}
+
+void rows_of_levels(int& i) {
+  const std::vector<Shape> small = {{2, 8, 4, 8}, {1, 24, 5, 7}, {2, 5, 3, 1}, {2, 16, 1, 1}};
+  const Layout three[] = {contiguous, channels_last, misaligned};
+  for (RowLoss loss : ROW_LOSSES) {
+    for (DType s : DTYPES)
+      for (DType t : DTYPES) {
+        const Layout l = three[++i % 3];
+        RowCall call = rows(loss, small, s, t, l, l);
+        call.has_factor = i % 4, call.factor_dtype = DTYPES[i / 4 % 4], call.temperature = i % 5 == 1 ? 2.5 : 1;
+        call.eps = i % 5 == 2 ? 0.125 : 1e-6;
+        run(std::string(NAMES[int(s)]) + " from " + NAMES[int(t)] + " " + LAYOUT_NAMES[l], call);
+      }
+    for (int l = 0; l < LAYOUTS; ++l) {
+      const Layout layout = static_cast<Layout>(l), other = static_cast<Layout>(pick(0, LAYOUTS - 1));
+      run(LAYOUT_NAMES[l], rows(loss, small, DTYPES[i % 4], DTYPES[i % 4], layout, layout)), ++i;
+      run(std::string(LAYOUT_NAMES[l]) + " and " + LAYOUT_NAMES[other], rows(loss, small, bf16, bf16, layout, other));
+    }
+    for (DType d : DTYPES) {
+      const Layout l = three[++i % 3];
+      run("large", rows(loss, {{2, 4, 40, 56}, {1, 9, 25, 42}, {3, 8, 13, 21}}, d, d, l, l));
+      run("many channels", rows(loss, {{2, 90, 2, 3}, {1, 136, 7, 11}}, d, d, l, l));
+      run("many images", rows(loss, {{40, 3, 2, 5}, {17, 8, 4, 8}}, d, d, l, l));
+      run("empty levels", rows(loss, {{0, 8, 4, 4}, {1, 8, 4, 4}, {2, 8, 0, 4}}, d, d, l, l));
+      run("only empty levels", rows(loss, {{0, 8, 4, 4}, {0, 3, 2, 2}}, d, d, l, l));
+      run("19 levels", rows(loss, std::vector<Shape>(19, {1, 8, 2, 4}), d, d, l, l));
+      RowCall call = rows(loss, {{2, 16, 6, 8}, {2, 8, 5, 7}}, d, d, l, l);
+      call.flat_level = 0;
+      run("a flat channel", call);
+      if (loss == RowLoss::pkd) call.eps = 0, run("a flat channel, no eps", call);
+      call.eps = 1e-6, call.nan_level = 1;
+      run("NaN", call);
+      call.nan_level = -1, call.flat_level = -1, call.levels[0].far = 300, call.levels[1].far = -1000;
+      run("far from 0", call);
+    }
+    run("large, last", rows(loss, {{2, 40, 40, 56}}, bf16, bf16, channels_last, channels_last));
+    for (int k = 0; k < 10; ++k) {  // any mix
+      RowCall call{loss, {}};
+      for (int l = k == 4 ? 40 : pick(1, 6); l > 0; --l)
+        call.levels.push_back({{pick(0, 5) ? pick(1, 3) : 0, pick(1, 40), pick(1, 12), pick(1, 12)},
+                               DTYPES[pick(0, 3)],
+                               DTYPES[pick(0, 3)],
+                               static_cast<Layout>(pick(0, LAYOUTS - 1)),
+                               static_cast<Layout>(pick(0, LAYOUTS - 1)),
+                               normal(0, 1)});
+      run("mixed", call);
+    }
+  }
+}
+
 void all_cases() {
   int i = 0;
   dtypes_and_layouts(i);
@@ -198,6 +284,7 @@ void all_cases() {
   softmax();
   edges(i);
   sizes();
+  rows_of_levels(i);
   const std::vector<DType> every(DTYPES, DTYPES + 4);
   for (DType d : DTYPES) run_scale("scale", {0, 1, 7, 8, 9, 100, 333, 2, 64}, {d}, -1.37, d);
   run_scale("scale, mixed", {5, 16, 77, 1, 130, 40}, every, 16, f16);
@@ -232,13 +319,37 @@ void one_case() {
   groups.entries.push_back({0, 1, 8, f32, f32, contiguous, contiguous});
   run("one", groups);
   run("one", plain(Loss::mse, {{1, 4, 4, 8}}, f32, channel_gap));  // its last line is fetched first, by half a warp
+  for (RowLoss loss : ROW_LOSSES) {
+    for (Layout l : {contiguous, channels_last, misaligned}) {
+      RowCall mixed = rows(loss, {{2, 16, 12, 16}, {1, 5, 25, 42}, {0, 3, 2, 2}}, f32, f32, l, l);
+      mixed.levels[1].student = mixed.levels[1].teacher = bf16;  // in another launch
+      run("one", mixed);
+    }
+    run("one", rows(loss, {{1, 2, 40, 56}, {1, 4, 5, 7}}, f32, f32, contiguous, contiguous));  // several parts a row
+    run("one", rows(loss, {{1, 4, 4, 8}}, f32, f32, misaligned, contiguous));
+    run("one", rows(loss, {{1, 3, 4, 9}}, f64, f64, contiguous, contiguous));
+    run("one", rows(loss, {{2, 64, 6, 8}}, bf16, bf16, channels_last, channels_last));  // two threads finish a row
+  }
   for (double factor : {0.3, 1.0}) run_scale("one", {333, 64}, {f32}, factor, f32);
+}
+
+void random_calls(unsigned long long seed, int count) {
+  for (const int before = failures; count > 0 && failures == before; --count, ++seed) {
+    alarm(280);
+    rng.seed(seed);
+    random_call();
+    if (failures > before) std::fprintf(stderr, "again: driver %llu random 1\n", seed);
+  }
 }
 
 void far_cases() {
   for (DType d : {f32, f16})
     for (Layout l : {far_images, far_channels})
       for (Loss loss : {Loss::mse, Loss::bce}) run(LAYOUT_NAMES[l], plain(loss, {{2, 16, 4, 8}, {2, 3, 5, 7}}, d, l));
+  for (RowLoss loss : ROW_LOSSES)
+    for (DType d : {f32, f16})
+      for (Layout l : {far_images, far_channels})
+        run(LAYOUT_NAMES[l], rows(loss, {{2, 16, 4, 8}, {2, 3, 5, 7}}, d, d, l, l));
   Call call = plain(Loss::mse, {{2, 3, 4, 8}}, f32, far_channels);
   call.entries[0].student_layout = far_images;
   call.entries[0].teacher = bf16;
@@ -258,6 +369,8 @@ int main(int argc, char** argv) {
     one_case();
   else if (cases == "far")
     far_cases();
+  else if (cases == "random")
+    random_calls(argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0, argc > 3 ? std::atoi(argv[3]) : 1);
   else
     all_cases();
   std::printf("%d checks, %d failures, largest error %.2Lf of its bound\n", checks, failures, worst);
