@@ -92,7 +92,7 @@ def merged(objects: Path) -> list[str]:
 def test_no_instruction_leaks_out_of_the_objects_that_may_use_it(wheel):
     for isa in set(native.targets("cpu")) - {"baseline"}:
         objects = list((wheel.parents[1] / "build/native").glob(f"cpu.*.{isa}-*.o"))
-        assert {path.name.split(".")[1] for path in objects} == {"score", "imitate", "scale"}
+        assert {path.name.split(".")[1] for path in objects} == {"score", "imitate", "softmax", "scale", "moments"}
         for path in objects:
             assert merged(path) == []
             out = run("nm", "-C", "--defined-only", "--extern-only", path, cwd=path.parent)
