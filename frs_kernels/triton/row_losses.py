@@ -149,10 +149,11 @@ def pkd_numbers(pivot_s, pivot_t, sums, count, share, eps, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def cwd_numbers(most_s, most_t, sums, share, tau):
+def cwd_numbers(most_s, most_t, sums, count, share, tau):
     """As `pkd_numbers`, of rows' maxima and the sums about them."""
     z_s, z_t, differences = sums
     value = (differences / z_t + (most_s - most_t)) / tau + (tl.log(z_s) - tl.log(z_t))
+    value = tl.where(count < 2, differences * 0, value)  # or what is left of the rounding of t - s
     return (most_s, most_t, share * tau / z_s, share * tau / z_t, tl.zeros_like(z_s)), value * (share * tau * tau)
 
 
