@@ -152,7 +152,7 @@ def cwd_loss(
     Args:
         student, teacher: lists of (N, C, H, W), features or class logits, one tensor per level, of any floating-point
             dtypes and strides.
-        temperature: tau; the paper takes 4 for logits, the configurations for FPN features 1.
+        temperature: tau; mmrazor's configurations take 1.
         The other arguments, what is returned and what is raised are as for `pkd_loss`. Without positions a level adds
         0, and so does one of a single position.
     """
