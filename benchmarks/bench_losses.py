@@ -21,7 +21,7 @@ from torch import Tensor
 import frs_kernels
 
 CASE = Case("gfl", 400, 672, 4)
-QUICK = Case("gfl", 128, 160, 1)
+QUICK = Case("gfl", 256, 320, 1)  # so many positions on the last level that a channel has a deviation
 Levels = list[Tensor]
 
 

@@ -76,7 +76,7 @@ FAULTS = [
     Fault("scale.cu", "to_aligned < size ? to_aligned : size", "0 * to_aligned", "address", "misaligned"),
     Fault("row_walks.cuh", "tile + 1 == level.tiles ? level.positions", "false ? 0", "address", "heap-buffer-overflow"),
     Fault("row_walks.cuh", "if (u > 0 && packet >= last) continue;", "", "address", "heap-buffer-overflow"),
-    Fault("row_plan.cuh", "place(view) == place(like)", "true", "address", "misaligned"),
+    Fault("row_plan.cuh", "place(view) == place(like)", "place(view) + place(like) >= 0", "address", "misaligned"),
     # barriers
     *(
         Fault(file, "__syncthreads();", "", "thread", "data race|FAILED", which)
@@ -102,8 +102,8 @@ FAULTS = [
     Fault("slots.cuh", "if (is_last) *workspace.counter = 0;", "", "none", "FAILED"),
     Fault("scale.cu", "widen(grad.at[i]) * factor", "widen(grad.at[i])", "none", "FAILED one"),
     Fault("row_walks.cuh", "last >= first ? end - last * SIZE : 0", "0", "none", "FAILED pkd one"),
-    Fault("row_parts.cuh", "moved(sums, count,", "moved(sums, 0,", "none", "FAILED pkd"),
-    Fault("row_parts.cuh", "at[2] *= by_s, ", "", "none", "FAILED cwd one"),
+    Fault("row_parts.cuh", "moved(sums, count,", "moved(sums, 0 * count,", "none", "FAILED pkd"),
+    Fault("row_parts.cuh", "at[2] *= by_s, ", "at[2] += 0 * by_s, ", "none", "FAILED cwd one"),
     Fault(
         "moments.cu",
         "Of::raised(held[u], sums.at[0], sums.at[1],",

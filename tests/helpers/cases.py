@@ -97,7 +97,7 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
     numbers may be right by chance; in fp64 four, since the truth itself is rounded to fp64.
     """
     dtype = working_dtype(p, options.get("mask"))
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps * (2 if dtype == torch.float64 else 1)
     grads = eager(p, dtype=dtype, **options).grads
     worst = max(relative(a, b) for a, b in zip(grads, expected.grads, strict=True))
     subtracted = expected.grads
