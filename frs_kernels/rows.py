@@ -153,8 +153,9 @@ def cwd_loss(
         student, teacher: lists of (N, C, H, W), features or class logits, one tensor per level, of any floating-point
             dtypes and strides.
         temperature: tau; mmrazor's configurations take 1.
-        The other arguments, what is returned and what is raised are as for `pkd_loss`. Without positions a level adds
-        0, and so does one of a single position.
+
+    The other arguments, what is returned and what is raised are as for `pkd_loss`. A level of one position, or of none,
+    adds 0.
     """
     checks.check_number("temperature", temperature, positive=True)
     return _align("cwd", student, teacher, weight, level_weights, backend, return_terms, temperature=temperature)
