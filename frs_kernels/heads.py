@@ -99,7 +99,9 @@ def quality_focal_distillation(
     """
     checks.check_flag("detach", detach)
     if mask is None:
-        mask = _everywhere("student_logits", student_logits, "teacher_logits", teacher_logits)
+        checks.check_levels("student_logits", student_logits)
+        checks.check_levels("teacher_logits", teacher_logits)
+        mask = _everywhere(student_logits, teacher_logits)
     return masked_imitation_loss(
         student_logits, teacher_logits, mask, loss="qfl_detached" if detach else "qfl", weight=weight,
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
@@ -186,7 +188,7 @@ def localization_distillation(
     checks.check_levels("teacher_reg", teacher_reg)
     checks.check_sides(sides, "student_reg", student_reg)
     if mask is None:
-        mask = _everywhere("student_reg", student_reg, "teacher_reg", teacher_reg)
+        mask = _everywhere(student_reg, teacher_reg)
     return masked_imitation_loss(
         student_reg, teacher_reg, mask, loss="softmax_kl", group_size=student_reg[0].shape[1] // sides, weight=weight,
         temperature=temperature, normalizer=normalizer, eps=eps, level_weights=level_weights,
@@ -194,9 +196,7 @@ def localization_distillation(
     )  # fmt: skip
 
 
-def _everywhere(student_name: str, student: Levels, teacher_name: str, teacher: Levels) -> list[Tensor]:
-    """A mask of ones, (N, H, W) a level, once the lists are known to be lists of levels."""
-    checks.check_levels(student_name, student)
-    checks.check_levels(teacher_name, teacher)
+def _everywhere(student: Levels, teacher: Levels) -> list[Tensor]:
+    """A mask of ones, (N, H, W) a level."""
     dtype = accumulate_dtype(*student, *teacher)
     return [z.new_ones((z.shape[0], *z.shape[2:]), dtype=dtype) for z in teacher]
