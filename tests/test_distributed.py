@@ -90,7 +90,7 @@ def test_ddp_around_a_distiller(tmp_path, returns):
 def test_fully_sharded(tmp_path, returns, parts):
     """FSDP2 on two processes is one process with all images, for some steps; the teacher stays whole in each."""
     x = images(n=4)
-    results = launch(sharded, tmp_path, x, returns, parts)
+    results = launch(sharded, tmp_path, list(x.chunk(2)), returns, parts)
     distiller = make_distiller(x, returns)
     losses, grads = descend(distiller, x)
     for step, loss in enumerate(losses):

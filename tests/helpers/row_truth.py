@@ -105,7 +105,7 @@ def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, roundings: int 
     got = loss.ours(s, t, backend=backend)
     assert got.dtype == working
     assert got.shape == ()
-    bound = 2 * abs(near - right).item() + 16 * eps * (abs(right.item()) + loss.unit * len(s) / 8)
+    bound = 2 * abs(near - right).item() + 2 * roundings * eps * (abs(right.item()) + loss.unit * len(s) / 8)
     assert abs(got.item() - right.item()) <= bound
     for mine, x, r, e in zip(gradients(got, s), s, grads, near_grads, strict=True):
         assert mine.dtype == x.dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,22 @@ from frs_kernels.distill import GradientShare
 RANKS = 2
 
 
-def launch(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """Run `work` in two processes and return what each of them returned."""
-    torch.multiprocessing.spawn(_process, (work, folder, args), nprocs=RANKS, join=True)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+LIMIT = timedelta(minutes=5)
 
 
-def _process(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+def launch(
+    work: Callable[..., Any], folder: Path, *args: Any, ranks: int = RANKS, limit: timedelta = LIMIT
+) -> list[Any]:
+    """Run `work` in processes of one group, with its time limit, and return what each of them returned."""
+    torch.multiprocessing.spawn(_process, (work, folder, args, ranks, limit), nprocs=ranks, join=True)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
+def _process(
+    rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...], ranks: int, limit: timedelta
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
     try:
         torch.save(work(rank, *args), folder / f"{rank}.pt")
     finally:
@@ -37,8 +46,39 @@ def _process(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any,
 
 
 def half(rank: int, levels: list[Tensor]) -> list[Tensor]:
-    """This rank's images."""
+    """This rank's images, of two."""
     return [v.detach().chunk(RANKS)[rank].clone() for v in levels]
+
+
+def own_gradients(rank: int, pyramids: list[Pyramid], backend: str, choices: list[dict[str, Any]]) -> list[Any]:
+    """The loss of this rank's own pyramid over the mean mass, and its gradients, for each choice of options."""
+    mine = pyramids[rank].map(torch.clone)
+    results = []
+    for options in choices:
+        loss = fsr_loss(*mine.inputs, process_group=dist.group.WORLD, backend=backend, **options)
+        results.append((loss.detach(), torch.autograd.grad(loss, mine.student)))
+    return results
+
+
+def refused(rank: int, p: Pyramid) -> None:
+    """A step in which rank 1 is given features of other channels than its teacher's."""
+    wrong = [v[:, 1:] for v in p.s or []] if rank == 1 else p.s
+    fsr_loss(wrong, p.t, p.x, p.z, process_group=dist.group.WORLD)
+
+
+def left_alone(rank: int, p: Pyramid, done: Path) -> tuple[str, float]:
+    """The same step where rank 1 lives on: what the other is told, and after how many seconds."""
+    started = time.monotonic()
+    try:
+        refused(rank, p)
+    except (RuntimeError, ValueError) as error:
+        seconds = time.monotonic() - started
+        if rank == 0:
+            done.touch()
+        while not done.exists():
+            time.sleep(0.05)
+        return str(error), seconds
+    raise AssertionError("a step that cannot be")
 
 
 def averaged_gradients(rank: int, p: Pyramid, backend: str, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,13 +164,23 @@ def distiller_gradients(rank: int, images: Tensor, returns: str) -> list[Tensor]
 STEPS = 3
 
 
-def descend(distiller: Distiller, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def replicated(rank: int, batches: list[Tensor]) -> dict[str, Any]:
+    """The same steps of DDP."""
+    distiller = make_distiller(batches[0], group=dist.group.WORLD)
+    ddp = nn.parallel.DistributedDataParallel(distiller)
+    losses, grads = descend(distiller, batches[rank], lambda inner, x: distilled(inner, ddp(x)))
+    return {"losses": losses, "grads": grads, "weights": [p.detach() for p in distiller.parameters()]}
+
+
+def descend(
+    distiller: Distiller, images: Any, loss_of: Callable[[Distiller, Any], Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The losses of some steps, and the gradients of the last."""
     trained = [p for p in distiller.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.1)
     losses = []
     for _ in range(STEPS):
-        loss = distilled(distiller, distiller(images))
+        loss = loss_of(distiller, images) if loss_of else distilled(distiller, distiller(images))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,13 +188,13 @@ def descend(distiller: Distiller, images: Tensor) -> tuple[list[Tensor], list[Te
     return losses, [p.grad for p in trained if p.grad is not None]
 
 
-def sharded(rank: int, images: Tensor, returns: str, parts: list[str]) -> dict[str, Any]:
+def sharded(rank: int, batches: list[Tensor], returns: str, parts: list[str]) -> dict[str, Any]:
     """Steps of FSDP2 around a Distiller, whose `parts` are sharded on their own: losses, gradients and weights."""
-    distiller = make_distiller(images, returns, dist.group.WORLD)
+    distiller = make_distiller(batches[0], returns, dist.group.WORLD)
     for part in parts:
         fully_shard(distiller.get_submodule(part))
     fully_shard(distiller)
-    losses, grads = descend(distiller, images.chunk(RANKS)[rank])
+    losses, grads = descend(distiller, batches[rank])
     assert all(isinstance(p, DTensor) for p in distiller.parameters())
     assert not any(isinstance(p, DTensor) for p in distiller.teacher.parameters())
     weights = [p.detach().full_tensor() for p in distiller.parameters()]

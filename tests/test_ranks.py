@@ -1,0 +1,103 @@
+"""Ranks that are not alike: without images, without objects, with images of another size; and ranks that fail."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+from cases import each_backend, relative
+from toy_detectors import by_hand, images
+from truth import Pyramid, pyramid, truth
+from workers import descend, launch, left_alone, make_distiller, own_gradients, refused, replicated, sharded
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+CHOICES = ({}, {"normalizer": "total_mass"}, {"normalizer": "total_mass", "cls_loss": "kl", "feat_weight": 0.3})
+NO_OBJECTS = 1000.0  # logits so far below 0 that every score is 0, in fp64 too
+
+
+def unlike(rng: torch.Generator) -> list[Pyramid]:
+    """Of four ranks: some images, none, images without objects, images of another size."""
+    sizes = (((3, 4, 6), (3, 2, 3)), ((0, 4, 6), (0, 2, 3)), ((1, 4, 6), (1, 2, 3)), ((2, 5, 3), (2, 3, 1)))
+    some, none, empty, other = (pyramid(rng, sizes=each) for each in sizes)
+    background = Pyramid(empty.s, empty.t, empty.x, [z - NO_OBJECTS for z in empty.z or []])
+    return [some, none, background, other]
+
+
+def joint(ranks: list[Pyramid], options: dict[str, object]) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """The loss of all ranks' images under joint masses, in fp64, and its gradients a rank.
+
+    All that shares a denominator is one pyramid, a level a tensor.
+    """
+    options = dict(options)
+    levels = len(ranks[0].s or [])
+    of_all = options.pop("normalizer", "mass") == "total_mass"
+    groups = [range(levels)] if of_all else [[level] for level in range(levels)]
+    loss = torch.zeros((), dtype=torch.float64)
+    grads: list[list[torch.Tensor]] = [[torch.empty(0)] * (2 * levels) for _ in ranks]
+    for group in groups:
+        places = [(rank, level) for rank in range(len(ranks)) for level in group]
+        one = Pyramid(*([ranks[rank].inputs[i][level] for rank, level in places] for i in range(4)))
+        answer = truth(one.to(torch.float64), normalizer="total_mass", **options)
+        loss += answer.loss
+        for (rank, level), feat, cls in zip(places, answer.grads, answer.grads[len(places) :], strict=False):
+            grads[rank][level], grads[rank][levels + level] = feat, cls
+    return loss, grads
+
+
+@each_backend
+def test_the_mean_over_ranks_is_the_joint_batch(rng, tmp_path, backend, device):
+    if device != "cpu":
+        pytest.skip("gloo on the CPU: the reduction is the same call on a GPU")
+    ranks = unlike(rng)
+    results = launch(own_gradients, tmp_path, [p.map(torch.clone) for p in ranks], backend, list(CHOICES), ranks=4)
+    for options, *found in zip(CHOICES, *results, strict=True):
+        loss, grads = joint(ranks, options)
+        assert abs(sum(mine for mine, _ in found) / 4 - loss) <= 1e-6 * loss
+        for (_, mine), right in zip(found, grads, strict=True):
+            for got, whole in zip(mine, right, strict=True):
+                assert got.shape == whole.shape
+                assert relative(got / 4, whole) <= 16 * torch.finfo(got.dtype).eps
+
+
+def joint_loss(distiller, batches):
+    """Of all ranks' images under the joint mass, on one process, by `fsr_loss` without a denominator."""
+    terms = [by_hand(distiller, x, normalizer="none") for x in batches]
+    return sum(t.loss for t in terms) / sum(t.mass.sum() for t in terms)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
+def test_steps_of_unlike_ranks_are_those_of_one_process(tmp_path, wrapped, ranks):
+    """Two images and none; among four also one of another size, and a black one."""
+    batches = [images(1), images(2, n=0), images(3, n=1, side=96), torch.zeros(1, 3, 64, 64)][:ranks]
+    if wrapped == "DDP":
+        results = launch(replicated, tmp_path, batches, ranks=ranks)
+    else:
+        results = launch(sharded, tmp_path, batches, "losses", ["student.neck", "student.head"], ranks=ranks)
+    distiller = make_distiller(batches[0])
+    losses, grads = descend(distiller, batches, joint_loss)
+    for step, loss in enumerate(losses):
+        mean = sum(result["losses"][step] for result in results) / ranks
+        assert relative(mean, loss) <= 1e-6
+    for result in results:
+        assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
+        pairs = zip(result["weights"], distiller.parameters(), strict=True)
+        assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_error(rng, tmp_path):
+    """The others wait for its mass: within the group's time limit they are gone, and its error is what is seen."""
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"Process 1(?s:.*)student_feats\[0\]") as told:
+        launch(refused, tmp_path, pyramid(rng).map(torch.clone), limit=timedelta(seconds=20))
+    assert "FeatureAdapter" in str(told.value)
+
+
+def test_a_rank_that_waits_in_vain_is_told_after_the_time_limit(rng, tmp_path):
+    limit = timedelta(seconds=2)
+    (waited, seconds), (wrong, _) = launch(
+        left_alone, tmp_path, pyramid(rng).map(torch.clone), tmp_path / "done", limit=limit
+    )
+    assert "student_feats[0]" in wrong
+    assert "Timed out" in waited
+    assert seconds >= limit.total_seconds()
