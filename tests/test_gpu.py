@@ -129,6 +129,39 @@ def test_a_captured_graph_replays_with_other_inputs(rng, backend, grad_mode, opt
             assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_captured_step_of_an_optimizer_is_that_step(rng, backend, optimizer):
+    """Forward, backward and a capturable optimizer in one graph: the weights are those of eager steps."""
+    p = pyramid(rng, **WIDE)
+
+    def made() -> tuple[FeatureAdapter, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        adapter = FeatureAdapter(64, 64, len(FPN)).cuda()
+        return adapter, optimizer(adapter.parameters(), 1e-3, capturable=True)
+
+    def train(adapter: FeatureAdapter, by: torch.optim.Optimizer) -> None:
+        by.zero_grad(set_to_none=True)
+        fsr_loss(adapter(p.s), p.t, p.x, p.z, backend=backend).backward()
+        by.step()
+
+    eager, captured = made(), made()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train(*captured)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(*captured)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(6):
+        train(*eager)
+    for a, b in zip(captured[0].parameters(), eager[0].parameters(), strict=True):
+        assert relative(a.detach(), b.detach()) <= 1e-6
+
+
 def test_two_streams_at_once_do_not_meet(rng, backend):
     """Each launch has slots and a counter of its own."""
     pyramids = [pyramid(rng, **WIDE) for _ in range(2)]

@@ -88,7 +88,9 @@ def test_steps_of_unlike_ranks_are_those_of_one_process(tmp_path, wrapped, ranks
 
 def test_a_rank_that_fails_ends_the_others_with_its_error(rng, tmp_path):
     """The others wait for its mass: within the group's time limit they are gone, and its error is what is seen."""
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"Process 1(?s:.*)student_feats\[0\]") as told:
+    with pytest.raises(
+        torch.multiprocessing.ProcessRaisedException, match=r"Process 1(?s:.*)student_feats\[0\]"
+    ) as told:
         launch(refused, tmp_path, pyramid(rng).map(torch.clone), limit=timedelta(seconds=20))
     assert "FeatureAdapter" in str(told.value)
 

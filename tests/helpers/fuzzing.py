@@ -27,6 +27,7 @@ from frs_kernels import (
     FSRTerms,
     cwd_loss,
     fsr_loss,
+    localization_distillation,
     masked_imitation_loss,
     pkd_loss,
     quality_focal_distillation,
@@ -35,7 +36,7 @@ from frs_kernels import (
 from frs_kernels.levels import accumulate_dtype
 
 FEATURES = ("mse", "l1", "smooth_l1")
-LOGITS = ("bce", "kl", *QFL)
+LOGITS = ("bce", "kl", "softmax_kl", *QFL)
 FAR = 80.0  # the largest logit: beyond 87 a probability is no normal number of fp32's
 
 # Where the numbers lie: a name of LAYOUTS; an axis along which a teacher is expanded; or the axes from the outermost to
@@ -140,6 +141,12 @@ def check_imitation(case: Case, p: Pyramid, backend: str) -> None:
         called, loss = quality_focal_distillation, QFL[options.pop("detach", False)]
         ones = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=accumulate_dtype(*p.x, *p.z)) for z in p.z]
         scores = held(mask) or ones
+    elif case.function == "localization_distillation":
+        called, loss = localization_distillation, "softmax_kl"
+        ones = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=accumulate_dtype(*p.x, *p.z)) for z in p.z]
+        scores = held(mask) or ones
+        group = p.z[0].shape[1] // options.pop("sides", 4)
+        options = {"temperature": 10.0, "normalizer": "mass_channels", "group_size": group} | options
     else:
         called, scores = masked_imitation_loss, held(mask)
     part = "feat" if loss in FEATURES else "cls"
@@ -237,7 +244,7 @@ def common(draw: st.DrawFn, levels: int) -> dict[str, Any]:
     each = st.lists(st.sampled_from([1.0, 0.0, 0.5, 3.0]), min_size=levels, max_size=levels)
     return {
         "temperature": draw(st.sampled_from([1.0, 0.5, 3.0])),
-        "normalizer": draw(st.sampled_from(["mass", "mass_channels", "total_mass"])),
+        "normalizer": draw(st.sampled_from(["mass", "mass_channels", "total_mass", "none"])),
         "eps": draw(st.sampled_from([0.0, 1e-9, 2.0])),
         "level_weights": draw(st.none() | each),
         "grad_mode": draw(st.sampled_from(["auto", "forward", "backward"])),
@@ -276,6 +283,11 @@ def of_focal(draw: st.DrawFn, levels: int) -> dict[str, Any]:
     return {"detach": draw(st.booleans()), "beta": draw(betas("qfl")), "weight": weight, **common(draw, levels)}
 
 
+def of_localization(draw: st.DrawFn, levels: int) -> dict[str, Any]:
+    sides, weight = draw(st.sampled_from([4, 1, 2, 3])), draw(st.sampled_from([1.0, 0.0, 0.05]))
+    return {**common(draw, levels), "sides": sides, "weight": weight, "temperature": draw(st.sampled_from([10.0, 1.0]))}
+
+
 def of_cwd(draw: st.DrawFn, levels: int) -> dict[str, Any]:
     return {"temperature": draw(st.sampled_from([1.0, 0.5, 4.0]))}
 
@@ -286,6 +298,9 @@ FUNCTIONS = {
     "FSRLoss": Function(FSRLoss, of_fsr_loss, check_fsr_loss, ("none", *GIVEN)),
     "masked_imitation_loss": Function(masked_imitation_loss, of_imitation, check_imitation, GIVEN),
     "quality_focal_distillation": Function(quality_focal_distillation, of_focal, check_imitation, ("none", *GIVEN)),
+    "localization_distillation": Function(
+        localization_distillation, of_localization, check_imitation, ("none", *GIVEN)
+    ),
     "pkd_loss": Function(pkd_loss, lambda draw, levels: {}, check_rows),
     "cwd_loss": Function(cwd_loss, of_cwd, check_rows),
     "richness_mask": Function(richness_mask, lambda draw, levels: {}, check_richness_mask),
@@ -344,6 +359,9 @@ def cases(draw: st.DrawFn) -> Case:
         tensor_weights=draw(st.booleans()),
         options=said(FUNCTIONS[function].call, FUNCTIONS[function].options(draw, len(sizes))),
     )
+    if function == "localization_distillation":  # the sides' bins, as many at every level
+        own = case.options.get("sides", 4)
+        case = replace(case, classes=(own * -(-classes[0] // own),))
     if torch.float16 in case.dtypes and case.options.get("grad_mode") == "forward":
         # what underflows in the forward pass stays 0, as documented: no upstream gradient brings it back
         case = replace(case, upstream=(1.0, 0.0, 0.0))

@@ -96,6 +96,8 @@ def _answer(
         M = S.sum()
 
         def normalised(value: Tensor, M: Tensor = M, S: Tensor = S, w: float = w) -> Tensor:
+            if normalizer == "none":
+                M = torch.ones_like(M)
             if normalizer == "total_mass":
                 M = sum(v.sum() for v in scores)
             norm = M * (value.shape[1] if normalizer == "mass_channels" else 1) + eps
@@ -159,13 +161,14 @@ def power(d: Tensor, beta: float, *, detach: bool) -> Tensor:
 def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
     """What the roundings of a value are relative to, where it is more than the value: sums of what may cancel in it.
 
-    kl and softmax_kl are differences of two entropies. qfl is a power of a difference of two probabilities, which is
+    kl and softmax_kl are differences of two entropies; those of a group of one are 0 but for a rounding of 1. qfl is a power of a difference of two probabilities, which is
     off by `eps` of the smaller of p and 1 - p.
     """
     if loss not in CANCELS:
         return value(loss, x, z, temperature, beta)
     if loss == "softmax_kl":
-        return value(loss, x, z, temperature, beta).abs()
+        q = log_softmax(z / temperature, beta).exp()
+        return value(loss, x, z, temperature, beta).abs() + temperature**2 * eps * q
     bce = value("bce", x, z, temperature)
     if loss == "kl" or beta == 0:
         return bce
@@ -211,9 +214,9 @@ def eager_value(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta:
 
 
 def _values(
-    of: Callable[..., Tensor], feat_loss: str, cls_loss: str, temperature: float, beta: float
+    of: Callable[..., Tensor], feat_loss: str, cls_loss: str, temperature: float, beta: float, group_size: int
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    of_cls = 0.0 if cls_loss == "softmax_kl" else beta  # all classes are one group
+    of_cls = group_size if cls_loss == "softmax_kl" else beta
     return partial(of, feat_loss, beta=beta), partial(of, cls_loss, temperature=temperature, beta=of_cls)
 
 
@@ -224,13 +227,16 @@ def truth(
     cls_loss: str = "bce",
     temperature: float = 1.0,
     beta: float = 1.0,
+    group_size: int = 0,
     of: Callable[..., Tensor] = value,
     **options: Any,
 ) -> Answer:
-    """The definition, in fp64, of the values the tensors hold; or `size` in its place."""
-    return _answer(
-        p.map(lambda v: v.double().contiguous()), *_values(of, feat_loss, cls_loss, temperature, beta), **options
-    )
+    """The definition, in fp64, of the values the tensors hold; or `size` in its place.
+
+    Of softmax_kl each `group_size` channels are a group, all of them where it is 0.
+    """
+    values = _values(of, feat_loss, cls_loss, temperature, beta, group_size)
+    return _answer(p.map(lambda v: v.double().contiguous()), *values, **options)
 
 
 def authors(p: Pyramid, **options: Any) -> Answer:
@@ -250,6 +256,7 @@ def eager(
     cls_loss: str = "bce",
     temperature: float = 1.0,
     beta: float = 1.0,
+    group_size: int = 0,
     **options: Any,
 ) -> Answer:
     """What a user writes with PyTorch's own losses, in `dtype`.
@@ -259,7 +266,7 @@ def eager(
     """
     return _answer(
         p.map(lambda v: v.to(dtype).contiguous()),
-        *_values(eager_value, feat_loss, cls_loss, temperature, beta),
+        *_values(eager_value, feat_loss, cls_loss, temperature, beta, group_size),
         **options,
     )
 
