@@ -123,8 +123,8 @@ def _moments_fake(
     return total, values, numbers
 
 
-def _moments_backward_fake(student: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    _check_tensors(student)
+def _moments_backward_fake(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor, *_: Any) -> list[Tensor]:
+    _check_tensors(student, teacher, (rows,))
     return [torch.empty_like(s) for s in student]
 
 

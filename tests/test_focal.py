@@ -84,7 +84,7 @@ def assert_is(loss: Tensor, of: Heads, expected: Expected) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 2.5, 3.0])
 def test_it_is_the_formula_number_by_number(rng, backend, device, dtype, layout, detach, beta):
     of = heads(rng, device, dtype, layout)
     loss = quality_focal_distillation(of.x, of.z, beta=beta, detach=detach, backend=backend)

@@ -76,11 +76,13 @@ def calls(rng: torch.Generator) -> dict[str, list[Any]]:
         "imitate": arguments(entries, terms, scores, mass),
         "distill": [x + x, z + z, z, *columns(entries, terms)],
         "scale_": [x, torch.tensor(3.0)],
+        "moments": [x, z, "pkd", [1.0, 0.5], 1.0, torch.tensor(2.0), 1.0, 1e-6],
+        "moments_backward": [x, z, torch.zeros(14, 5), "pkd", 1.0, torch.tensor(2.0), 1.0],
     }
 
 
 @needs_cpu
-@pytest.mark.parametrize("verb", ["score", "imitate", "distill", "scale_"])
+@pytest.mark.parametrize("verb", ["score", "imitate", "distill", "scale_", "moments", "moments_backward"])
 def test_malformed_calls_of_an_operator_are_refused_and_write_nothing(rng, verb):
     """300 refused calls; one that happens to be well-formed does not count."""
     source = random.Random(int(torch.randint(1 << 30, (), generator=rng)))
@@ -149,6 +151,38 @@ def test_malformed_calls_of_an_operator_are_refused_and_write_nothing(rng, verb)
         ("distill", "want_grad", [True], ("must have an element a term",)),
         ("scale_", "factor", torch.tensor(3), ("factor must be float32",)),
         ("scale_", "factor", None, ("factor is None",)),
+        *(
+            (verb, argument, value, words)
+            for verb in ("moments", "moments_backward")
+            for argument, value, words in (
+                ("student", [], ("student is empty",)),
+                ("teacher", [torch.zeros(1, 7, 3, 5)], ("student has 2 levels, teacher 1; they must have the same",)),
+                ("teacher", THREE[:2], ("student[0] (1, 7, 3, 5), teacher (1, 7, 2, 3); they must have the same",)),
+                ("student", [torch.zeros(7, 3, 5)], ("student[0] (7, 3, 5)", "(N, C, H, W)")),
+                ("teacher", [torch.zeros(1, 7, 3, 5).int()], ("teacher[0] (1, 7, 3, 5)", "bfloat16")),
+                ("teacher", [torch.zeros(1, 7, 3, 5, device="meta"), THREE[0][..., :2]], ("cpu and meta",)),
+                ("loss", "mse", ("loss 'mse' is unknown; the valid ones are 'pkd', 'cwd'",)),
+                ("temperature", 0.0, ("temperature must be positive and finite, got 0",)),
+                ("temperature", math.inf, ("temperature must be positive and finite, got inf",)),
+                ("factor", torch.ones(1), ("factor must be 0-dim", "(1)")),
+                ("factor", torch.tensor(1), ("factor must be float32",)),
+            )
+        ),
+        ("moments", "scale", [1.0], ("scale must have an element a level, as student has: 2",)),
+        ("moments", "eps", -1.0, ("eps must be zero or more and finite, got -1",)),
+        ("moments", "eps", math.nan, ("eps must be zero or more and finite, got nan",)),
+        *(
+            ("moments_backward", "rows", rows, ("must be what moments returned for these tensors: (14, 5)",))
+            for rows in (
+                torch.zeros(13, 5),
+                torch.zeros(14, 4),
+                torch.zeros(70),
+                torch.zeros(5, 14).t(),
+                torch.zeros(14, 5).double(),
+            )
+        ),
+        ("moments_backward", "rows", torch.zeros(14, 5, device="meta"), ("cpu and meta", "one device")),
+        ("moments_backward", "rows", None, ("rows is None",)),
     ],
 )
 def test_a_refusal_says_what_is_wrong(rng, verb, argument, value, words):

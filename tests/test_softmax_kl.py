@@ -55,6 +55,19 @@ def test_dtypes_and_layouts_mix(rng, backend, device, dtype, teacher):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_neighbours_in_memory_are_of_two_images(rng, backend, device, dtype):
+    """A channel's positions are 2 apart, in the gradients too."""
+
+    def inside(v: torch.Tensor) -> torch.Tensor:
+        return v.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+    of = heads(rng, device, 12, dtype)
+    of = of._replace(x=[inside(v).requires_grad_() for v in of.x], z=[inside(v) for v in of.z])
+    assert_is(loss_of(of, 3, backend=backend), of, written_out(of, 3))
+
+
+@each_backend
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_levels_of_several_tiles(rng, backend, device, layout, dtype):

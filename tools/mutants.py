@@ -5,21 +5,16 @@
 
 A mutant is killed where a test fails, the program crashes, or it does not end. One that does not compile, or that
 the compiler makes the same machine code of, is no mutant: another is drawn. mutmut and cosmic-ray know Python only;
-universalmutator's C++ compiles in one case out of ten, since it knows lines and no syntax.
+universalmutator changes C++ by patterns over whole lines, template brackets and comments among them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import queue
 import random
-import resource
-import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,8 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
@@ -36,11 +30,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from mutant_builds import BUILDS, ROOT, Host, Invalid, Native, run
 from mutations import MAKERS, Mutation
 
-ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 240  # that a mutant's tests may take: ten times what they take without one
-MEMORY = 8 << 30
+JUDGED = ("killed", "survived")
 LEFT_OUT = (
     ".git",
     ".venv*",
@@ -88,7 +81,8 @@ PARTS = {
     "cuda": Part(("csrc/cuda/*",), (), "", "host"),
     "triton": Part(
         ("frs_kernels/triton/*.py",),
-        ("triton", "triton_moments", *LOSSES, "properties"), "(triton-cpu or test_triton) and not compile",
+        ("triton", "triton_moments", *LOSSES, "properties"),
+        "(triton-cpu or test_triton) and not compile and not float16 and not float64",
     ),
     "python": Part(
         tuple(
@@ -123,49 +117,35 @@ class Result:
     by: str
     seconds: float
 
+    @property
+    def place(self) -> tuple[str, int, str, str, str]:
+        return self.file, self.line, self.text, self.old, self.new
+
 
 class Mutant(NamedTuple):
     part: str
     file: str
     mutation: Mutation
+    line: int
+    text: str
+
+    @property
+    def place(self) -> tuple[str, int, str, str, str]:
+        return self.file, self.line, self.text, self.mutation.old, self.mutation.new
 
 
-def mutants_of(name: str, rng: random.Random) -> list[Mutant]:
+def mutants_of(name: str, seed: int) -> list[Mutant]:
     """All of a part, in a random order."""
-    found = [
-        Mutant(name, str(path.relative_to(ROOT)), mutation)
-        for pattern in PARTS[name].sources
-        for path in sorted(ROOT.glob(pattern))
-        if path.suffix in MAKERS
-        for mutation in MAKERS[path.suffix](path.read_bytes())
-    ]
-    rng.shuffle(found)
+    found = []
+    for path in sorted({path for pattern in PARTS[name].sources for path in ROOT.glob(pattern)}):
+        if path.suffix in MAKERS:
+            source = path.read_bytes()
+            lines = source.decode().splitlines()
+            for mutation in MAKERS[path.suffix](source):
+                line = mutation.line(source)
+                found.append(Mutant(name, str(path.relative_to(ROOT)), mutation, line, lines[line - 1].strip()))
+    random.Random(f"{seed} {name}").shuffle(found)
     return found
-
-
-def run(command: Sequence[Any], cwd: Path, seconds: float = SECONDS, **environment: str) -> tuple[int, str]:
-    """Exit status and output; -1 where it did not end."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    words = [str(word) for word in command]
-    process = subprocess.Popen(
-        words, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=limit, start_new_session=True, errors="replace",
-    )  # fmt: skip
-    try:
-        out, _ = process.communicate(timeout=seconds)
-        return process.returncode, out
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.communicate()
-        return -1, "no end"
-
-
-class Invalid(Exception):
-    """What the compiler refuses."""
 
 
 class Copy:
@@ -220,122 +200,6 @@ class Copy:
         return "survived", ""
 
 
-class Native:
-    """Objects, those of a changed source compiled anew."""
-
-    folder: Path
-    commands: dict[str, tuple[list[str], Path]]  # of an object: how it is compiled, from what
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = root / "build" / "mutants"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.needs = {name: self.read(command, source) for name, (command, source) in self.commands.items()}
-        for name in self.commands:
-            self.compile(name, self.folder / f"{name}.o")
-
-    def read(self, command: list[str], source: Path) -> set[Path]:
-        code, out = run([*command, "-MM", source], self.root)
-        if code:
-            raise Invalid(out)
-        return {(self.root / word).resolve() for word in out.partition(":")[2].replace("\\\n", " ").split()}
-
-    def compile(self, name: str, to: Path, *more: str) -> Path:
-        command, source = self.commands[name]
-        code, out = run([*command, *more, "-c", source, "-o", to], self.root)
-        if code:
-            errors = [line for line in out.splitlines() if "error" in line]
-            raise Invalid(errors[0] if errors else f"exit {code}")
-        return to
-
-    def make(self, changed: Path) -> bool:
-        """Whether any object is another than before; it is linked."""
-        objects, other = {}, False
-        for name in self.commands:
-            objects[name] = self.folder / f"{name}.o"
-            if changed.resolve() in self.needs[name]:
-                made = self.compile(name, self.folder / f"{name}.mutant.o")
-                other |= made.read_bytes() != objects[name].read_bytes()
-                objects[name] = made
-        if other:
-            self.link(objects)
-        return other
-
-    def optimized_alike(self, changed: Path, whole: bytes) -> bool:
-        """Whether -O2 makes the same of the changed file and of the whole one: then it is no fault."""
-        mutated = changed.read_bytes()
-        made = []
-        for text in (mutated, whole):
-            changed.write_bytes(text)
-            names = [name for name in self.commands if changed.resolve() in self.needs[name]]
-            made.append([self.compile(name, self.folder / "optimized.o", "-O2", "-g0").read_bytes() for name in names])
-        return made[0] == made[1]
-
-    def link(self, objects: dict[str, Path]) -> None:
-        raise NotImplementedError
-
-
-class Cpu(Native):
-    """The CPU library: of the kernels those of this CPU's instructions, at -O0, which takes a seventh of the time."""
-
-    def __init__(self, root: Path) -> None:
-        here = Path.cwd()
-        os.chdir(root)
-        try:
-            with mock.patch("setuptools.setup"):
-                recipe = runpy.run_path("setup.py")
-            made = recipe["cpu_recipe"](recipe["find_torch"](), recipe["find_compiler"]())
-            flags = Path("/proc/cpuinfo").read_text()
-            isa = next(name for name in ("avx512", "avx2", "baseline") if name in flags or name == "baseline")
-            mine = [each for each in made.objects if each.name.endswith(isa) or each.name.count(".") == 1]
-            self.others = [root / recipe["compiled"](each) for each in made.objects if each not in mine]
-        finally:
-            os.chdir(here)
-        self.commands = {each.name: ([*each.command, "-O0", "-w"], each.source) for each in mine}
-        self.last = [*made.link, *map(str, self.others)], made.libraries
-        super().__init__(root)
-
-    def link(self, objects: dict[str, Path]) -> None:
-        command, libraries = self.last
-        library = self.root / "frs_kernels" / "lib" / "libfrs_cpu.so"
-        part = library.with_suffix(".part")
-        code, out = run([*command, *objects.values(), *libraries, "-o", part], self.root)
-        if code:
-            raise Invalid(out[-200:])
-        part.replace(library)
-
-
-class Host(Native):
-    """The CUDA sources compiled for the host, and the driver that compares them with loops."""
-
-    def __init__(self, root: Path) -> None:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import test_cuda_source as source
-
-        native = root / "tests" / "native"
-        flags = [flag for flag in source.FLAGS if flag != "-Werror"]
-        command = ["g++", *flags, "-O0", "-w", "-I", str(native), "-I", "csrc", "-I", "csrc/cuda", "-x", "c++"]
-        files = [*(root / "csrc" / "cuda" / f"{name}.cu" for name in source.KERNELS), native / "driver.cpp"]
-        self.commands = {path.stem: (command, path) for path in files}
-        super().__init__(root)
-
-    def link(self, objects: dict[str, Path]) -> None:
-        code, out = run(["g++", *objects.values(), "-o", self.folder / "driver", "-pthread"], self.root)
-        if code:
-            raise Invalid(out[-200:])
-
-    def judge(self) -> tuple[str, str]:
-        for arguments in (("1", "one"), ("1", "random", "60"), ("1",), ("1", "far")):
-            code, out = run([self.folder / "driver", *arguments], self.root)
-            if code not in (0, 77):
-                said = [line for line in out.splitlines() if line.strip()]
-                return "killed", f"driver {' '.join(arguments)}: {said[-1][:120] if said else code}"
-        return "survived", ""
-
-
-BUILDS: dict[str, type[Native]] = {"cpu": Cpu, "host": Host}
-
-
 def work(waiting: dict[str, list[Mutant]], wanted: dict[str, int], workers: int, console: Console) -> Iterator[Result]:
     """Results as they come; of each part as many mutants as are wanted, invalid ones not among them."""
     lock, results = threading.Lock(), queue.Queue[Result | None]()
@@ -363,11 +227,8 @@ def work(waiting: dict[str, list[Mutant]], wanted: dict[str, int], workers: int,
                 if end in ("invalid", "same"):
                     with lock:
                         open_places[mutant.part] += 1
-                source = (ROOT / mutant.file).read_bytes()
-                line = mutant.mutation.line(source)
-                text = source.splitlines()[line - 1].decode().strip()
-                old, new = mutant.mutation.old, mutant.mutation.new
-                results.put(Result(mutant.part, mutant.file, line, text, old, new, end, by, time.monotonic() - started))
+                seconds = time.monotonic() - started
+                results.put(Result(mutant.part, *mutant.place, end, by, seconds))
         except RuntimeError as error:
             console.print(f"stopped: {error}")
         finally:
@@ -389,7 +250,7 @@ def work(waiting: dict[str, list[Mutant]], wanted: dict[str, int], workers: int,
 def table(results: Sequence[Result]) -> Table:
     made = Table("part", "mutants", "killed", "share")
     for name in dict.fromkeys(r.part for r in results):
-        judged = [r for r in results if r.part == name and r.end in ("killed", "survived")]
+        judged = [r for r in results if r.part == name and r.end in JUDGED]
         killed = sum(r.end == "killed" for r in judged)
         made.add_row(name, str(len(judged)), str(killed), f"{killed / max(1, len(judged)):.0%}")
     return made
@@ -402,41 +263,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file; mutants that it holds are not judged again")
+    parser.add_argument("--survivors", action="store_true", help="judge those of --out again that survived, no others")
     options = parser.parse_args()
-    rng, console = random.Random(options.seed), Console()
-    known = (
-        [Result(**each) for each in json.loads(options.out.read_text())["mutants"]]
-        if (options.out and options.out.exists())
-        else []
-    )
-    done = {(r.file, r.line, r.text, r.old, r.new) for r in known}
-    waiting, wanted = {}, {}
-    for name in options.parts:
-        waiting[name] = [
-            m
-            for m in mutants_of(name, rng)
-            if (
-                m.file,
-                (line := m.mutation.line(b := (ROOT / m.file).read_bytes())),
-                b.splitlines()[line - 1].decode().strip(),
-                m.mutation.old,
-                m.mutation.new,
-            )
-            not in done
-        ]
-        judged = sum(r.part == name and r.end in ("killed", "survived") for r in known)
-        wanted[name] = max(0, options.count // len(options.parts) - judged)
-    results = known
+    console = Console()
+    held = json.loads(options.out.read_text())["mutants"] if options.out and options.out.exists() else []
+    results = [Result(**each) for each in held]
+    waiting = {name: mutants_of(name, options.seed) for name in options.parts}
+    if options.survivors:
+        again = {r.place for r in results if r.end == "survived"}
+        results = [r for r in results if r.place not in again or r.part not in options.parts]
+        waiting = {name: [m for m in mutants if m.place in again] for name, mutants in waiting.items()}
+        wanted = {name: len(mutants) for name, mutants in waiting.items()}
+    else:
+        done = {r.place for r in results}
+        waiting = {name: [m for m in mutants if m.place not in done] for name, mutants in waiting.items()}
+        judged = {name: sum(r.part == name and r.end in JUDGED for r in results) for name in options.parts}
+        wanted = {name: max(0, options.count // len(options.parts) - judged[name]) for name in options.parts}
     with Progress(console=console) as progress:
         task = progress.add_task("mutants", total=sum(wanted.values()))
         for result in work(waiting, wanted, options.workers, console):
             results.append(result)
-            progress.advance(task, result.end in ("killed", "survived"))
+            progress.advance(task, result.end in JUDGED)
             if result.end == "survived":
                 progress.print(f"{result.file}:{result.line}: {result.text}\n    {result.old!r} -> {result.new!r}")
             if options.out:
-                facts = {"python": platform.python_version(), "seed": options.seed}
-                options.out.write_text(json.dumps({**facts, "mutants": [asdict(r) for r in results]}, indent=1) + "\n")
+                kept = {"seed": options.seed, "mutants": [asdict(r) for r in results]}
+                options.out.write_text(json.dumps(kept, indent=1) + "\n")
     console.print(table(results))
 
 
