@@ -87,18 +87,17 @@ def test_steps_of_unlike_ranks_are_those_of_one_process(tmp_path, wrapped, ranks
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_error(rng, tmp_path):
-    """The others wait for its mass: within the group's time limit they are gone, and its error is what is seen."""
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match=r"Process 1(?s:.*)student_feats\[0\]"
-    ) as told:
-        launch(refused, tmp_path, pyramid(rng).map(torch.clone), limit=timedelta(seconds=20))
+    """The others wait for its mass: they are gone before the group's time limit, and its error is what is seen."""
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="Process 1") as told:
+        launch(refused, tmp_path, pyramid(rng).map(torch.clone), timedelta(minutes=10))
+    assert "student_feats[0]" in str(told.value)
     assert "FeatureAdapter" in str(told.value)
 
 
 def test_a_rank_that_waits_in_vain_is_told_after_the_time_limit(rng, tmp_path):
     limit = timedelta(seconds=2)
     (waited, seconds), (wrong, _) = launch(
-        left_alone, tmp_path, pyramid(rng).map(torch.clone), tmp_path / "done", limit=limit
+        left_alone, tmp_path, pyramid(rng).map(torch.clone), limit, tmp_path / "done"
     )
     assert "student_feats[0]" in wrong
     assert "Timed out" in waited

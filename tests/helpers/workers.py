@@ -23,22 +23,15 @@ from frs_kernels.distill import GradientShare
 RANKS = 2
 
 
-LIMIT = timedelta(minutes=5)
-
-
-def launch(
-    work: Callable[..., Any], folder: Path, *args: Any, ranks: int = RANKS, limit: timedelta = LIMIT
-) -> list[Any]:
-    """Run `work` in processes of one group, with its time limit, and return what each of them returned."""
-    torch.multiprocessing.spawn(_process, (work, folder, args, ranks, limit), nprocs=ranks, join=True)
+def launch(work: Callable[..., Any], folder: Path, *args: Any, ranks: int = RANKS) -> list[Any]:
+    """Run `work` in processes of one group and return what each of them returned."""
+    torch.multiprocessing.spawn(_process, (work, folder, args, ranks), nprocs=ranks, join=True)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
-def _process(
-    rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...], ranks: int, limit: timedelta
-) -> None:
+def _process(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...], ranks: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
         torch.save(work(rank, *args), folder / f"{rank}.pt")
     finally:
@@ -60,17 +53,19 @@ def own_gradients(rank: int, pyramids: list[Pyramid], backend: str, choices: lis
     return results
 
 
-def refused(rank: int, p: Pyramid) -> None:
+def refused(rank: int, p: Pyramid, limit: timedelta) -> None:
     """A step in which rank 1 is given features of other channels than its teacher's."""
+    group = dist.new_group(timeout=limit)  # not the first group's: that one waits for processes that start slowly
     wrong = [v[:, 1:] for v in p.s or []] if rank == 1 else p.s
-    fsr_loss(wrong, p.t, p.x, p.z, process_group=dist.group.WORLD)
+    fsr_loss(wrong, p.t, p.x, p.z, process_group=group)
 
 
-def left_alone(rank: int, p: Pyramid, done: Path) -> tuple[str, float]:
+def left_alone(rank: int, p: Pyramid, limit: timedelta, done: Path) -> tuple[str, float]:
     """The same step where rank 1 lives on: what the other is told, and after how many seconds."""
+    dist.barrier()
     started = time.monotonic()
     try:
-        refused(rank, p)
+        refused(rank, p, limit)
     except (RuntimeError, ValueError) as error:
         seconds = time.monotonic() - started
         if rank == 0:
