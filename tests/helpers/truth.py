@@ -161,8 +161,8 @@ def power(d: Tensor, beta: float, *, detach: bool) -> Tensor:
 def size(loss: str, x: Tensor, z: Tensor, temperature: float = 1.0, beta: float = 1.0, eps: float = 1e-7) -> Tensor:
     """What the roundings of a value are relative to, where it is more than the value: sums of what may cancel in it.
 
-    kl and softmax_kl are differences of two entropies; those of a group of one are 0 but for a rounding of 1. qfl is a power of a difference of two probabilities, which is
-    off by `eps` of the smaller of p and 1 - p.
+    kl and softmax_kl are differences of two entropies; those of a group of one are 0 but for a rounding of 1. qfl is a
+    power of a difference of two probabilities, which is off by `eps` of the smaller of p and 1 - p.
     """
     if loss not in CANCELS:
         return value(loss, x, z, temperature, beta)

@@ -53,41 +53,25 @@ def own_gradients(rank: int, pyramids: list[Pyramid], backend: str, choices: lis
     return results
 
 
-def refused(rank: int, p: Pyramid, limit: timedelta) -> None:
-    """A step in which rank 1 is given features of other channels than its teacher's."""
+def refused(rank: int, p: Pyramid, limit: timedelta, until: Path | None = None) -> tuple[str, float]:
+    """A step in which rank 1 is given features of other channels than its teacher's: what each is told, and when.
+
+    Rank 1 ends then, or lives on `until` there is a file, which the other makes.
+    """
     group = dist.new_group(timeout=limit)  # not the first group's: that one waits for processes that start slowly
     wrong = [v[:, 1:] for v in p.s or []] if rank == 1 else p.s
-    fsr_loss(wrong, p.t, p.x, p.z, process_group=group)
-
-
-def left_alone(rank: int, p: Pyramid, limit: timedelta, done: Path) -> tuple[str, float]:
-    """The same step where rank 1 lives on: what the other is told, and after how many seconds."""
     dist.barrier()
     started = time.monotonic()
     try:
-        refused(rank, p, limit)
+        fsr_loss(wrong, p.t, p.x, p.z, process_group=group)
     except (RuntimeError, ValueError) as error:
-        seconds = time.monotonic() - started
-        if rank == 0:
-            done.touch()
-        while not done.exists():
+        told = str(error), time.monotonic() - started
+        if until and rank == 0:
+            until.touch()
+        while until and not until.exists():
             time.sleep(0.05)
-        return str(error), seconds
+        return told
     raise AssertionError("a step that cannot be")
-
-
-def averaged_gradients(rank: int, p: Pyramid, backend: str, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """This rank's share of the joint batch's loss and gradients, for each choice of options."""
-    mine = Pyramid(*(half(rank, levels) for levels in p.inputs)).map(torch.clone)
-    results = []
-    for options in choices:
-        loss = fsr_loss(*mine.inputs, process_group=dist.group.WORLD, backend=backend, **options)
-        local = fsr_loss(*mine.inputs, backend=backend, **options).detach()
-        grads = torch.autograd.grad(loss, mine.student)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results.append({"loss": total / RANKS, "local": local, "grads": [g / RANKS for g in grads]})
-    return results
 
 
 class Model(nn.Module):
