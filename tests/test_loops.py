@@ -15,7 +15,9 @@ from cases import BACKENDS, each_backend, relative, same_bits
 from environment import python_environment
 from every_loss import Every, every_loss
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
+from toy_detectors import Detector, distiller, images, pair
 from truth import Levels, Pyramid, pyramid
 
 from frs_kernels import FeatureAdapter, FSRLoss, backends
@@ -127,6 +129,63 @@ def test_a_model_that_holds_the_loss_is_exported(rng, backend):
     right = model(*inputs)
     exported = torch.export.export(model, inputs).module()
     assert relative(exported(*inputs), right) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.terms")
+def test_a_distiller_is_exported():
+    """With its teacher; the distiller itself goes on as before. Alone, `distiller.student` is what to deploy."""
+    d, x = distiller(), images()
+    right = d(x)
+    exported = torch.export.export(d, (x,), strict=False).module()
+    for again in (exported(x), d(x)):
+        assert again.keys() == right.keys()
+        assert all(relative(again[name].detach(), right[name].detach()) <= 1e-6 for name in right)
+    sum(d(x).values()).backward()
+    assert all(p.grad is not None for p in d.adapter.parameters())
+
+
+class Checkpointed(Detector):
+    """Whose neck is computed a second time in the backward pass."""
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        logits = self.head(checkpoint(self.neck, images, use_reentrant=False))
+        return {"loss_cls": sum(z.square().mean() for z in logits)} if self.training else logits
+
+
+def test_a_distiller_whose_student_saves_activations():
+    student, teacher = pair()
+    twin = Checkpointed()
+    twin.load_state_dict(student.state_dict())
+    plain, saving = distiller(student, teacher), distiller(twin, teacher)
+    saving.load_state_dict(plain.state_dict())
+    for _ in range(2):
+        for d in (plain, saving):
+            d.zero_grad()
+            sum(d(images()).values()).backward()
+        for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["distiller", "student"])
+def test_a_moving_average_in_mid_run(whole):
+    """Of student and adapter, or of the student alone; the distiller goes on, and so does the averaged copy."""
+    d = distiller()
+    averaged = AveragedModel(d if whole else d.student, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD((p for p in d.parameters() if p.requires_grad), 0.1)
+    means = [p.detach().clone() for p in (d if whole else d.student).parameters()]
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(d(images(step)).values()).backward()
+        optimizer.step()
+        averaged.update_parameters(d if whole else d.student)
+        now = [p.detach() for p in (d if whole else d.student).parameters()]
+        means = [p.clone() if step == 0 else (m + p) / 2 for m, p in zip(means, now, strict=True)]
+    for p, mean in zip(averaged.module.parameters(), means, strict=True):
+        assert relative(p.detach(), mean) <= 1e-6
+    losses = averaged.module.train()(images())
+    assert sum(losses.values()).isfinite()
+    assert ("loss_frs_feat" in losses) == whole
 
 
 @each_here
