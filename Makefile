@@ -7,6 +7,7 @@ STUDY_ARGS ?=
 BENCH_ARGS ?=
 SOURCES := $(shell find csrc -type f)
 TEST_ARGS ?=
+MUTANT_ARGS ?=
 
 # mmdetection needs older numpy and setuptools than the rest: an environment of its own.
 VENV_MMDET := .venv-mmdet
@@ -14,7 +15,7 @@ BIN_MMDET := $(VENV_MMDET)/bin
 VENV_FRAMEWORKS := .venv-frameworks
 VENV_DOCS := .venv-docs
 
-.PHONY: install demo study test test-asan fuzz lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
+.PHONY: install demo study test test-asan test-tsan fuzz mutants lint wheel bench codegen clean install-mmdet test-mmdet demo-mmdet bench-mmdet install-frameworks test-frameworks demo-frameworks docs
 
 install: $(VENV)/.installed
 
@@ -39,7 +40,7 @@ test: install
 # The CPU library under the address and undefined-behaviour sanitizers, in every instruction set that this CPU has. Leaks
 # are Python's and torch's own. LD_PRELOAD, since Python itself knows nothing of the sanitizer.
 SANITIZED := g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr -fno-omit-frame-pointer -g1
-ASAN_TESTS := accuracy edges gradients malformed operators properties table
+ASAN_TESTS := accuracy cpu edges focal gradients heads malformed operators properties range row_terms rows softmax_kl table
 test-asan: install
 	FRS_BUILD=cpu FRS_BUILD_DIR=build/asan/objects CXX="$(SANITIZED)" $(BIN)/python setup.py --quiet build --build-lib build/asan/lib
 	$(foreach isa,baseline avx2 avx512,cd build/asan/lib && \
@@ -47,6 +48,15 @@ test-asan: install
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FRS_CPU=$(isa) \
 	  $(CURDIR)/$(BIN)/python -m pytest -n 2 -q -p no:cacheprovider -k "cpu-cpu or malformed" \
 	  $(ASAN_TESTS:%=$(CURDIR)/tests/test_%.py) && cd $(CURDIR) &&) true
+
+# The CPU library under the thread sanitizer, called by eight Python threads at once. Each has one thread of OpenMP: g++'s
+# runtime of it is not instrumented, so that the sanitizer takes every end of a parallel region for a race.
+test-tsan: install
+	FRS_BUILD=cpu FRS_BUILD_DIR=build/tsan/objects CXX="g++ -fsanitize=thread -g1" $(BIN)/python setup.py --quiet build --build-lib build/tsan/lib
+	$(foreach isa,baseline avx2 avx512,cd build/tsan/lib && \
+	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" FRS_CPU=$(isa) OMP_NUM_THREADS=1 \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -p no:xdist -p no:cacheprovider -k "eight_threads and cpu" \
+	  $(CURDIR)/tests/test_loops.py && cd $(CURDIR) &&) true
 
 # 34,400 random calls: 8,000 of torch and of the CPU library in each instruction set (one that this CPU lacks falls back to a
 # narrower one), 400 of Triton's interpreter, 2,000 of the CUDA sources on the host. What fails is shrunk, printed as a
@@ -57,6 +67,10 @@ FUZZ = FUZZ_CASES=$(FUZZ_CASES) FUZZ_KEEP=.hypothesis/fuzz OMP_NUM_THREADS=1 \
 fuzz: install
 	$(foreach isa,baseline avx2 avx512,FRS_CPU=$(isa) $(FUZZ) -k cpu-cpu &&) true
 	$(FUZZ) tests/test_cuda_source.py -k "any_call and not cpu-cpu or random_calls"
+
+# Small faults in the sources, one at a time: do the tests notice? An hour on two cores; docs/mutants.md has what came of it.
+mutants: install
+	$(BIN)/python tools/mutants.py $(MUTANT_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
