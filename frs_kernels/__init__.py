@@ -5,7 +5,14 @@ from frs_kernels.diagnosis import Diagnosis, check
 from frs_kernels.distill import Distiller, Tap, masks
 from frs_kernels.functional import fsr_loss, masked_imitation_loss, richness_mask
 from frs_kernels.heads import localization_distillation, quality_focal_distillation
-from frs_kernels.modules import CWDLoss, FeatureAdapter, FSRLoss, PKDLoss
+from frs_kernels.modules import (
+    CWDLoss,
+    FeatureAdapter,
+    FSRLoss,
+    LocalizationDistillation,
+    PKDLoss,
+    QualityFocalDistillation,
+)
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms, ImitationTerms, Richness, RowTerms
 from frs_kernels.rows import cwd_loss, pkd_loss
@@ -23,7 +30,9 @@ __all__ = [
     "FSRTerms",
     "FeatureAdapter",
     "ImitationTerms",
+    "LocalizationDistillation",
     "PKDLoss",
+    "QualityFocalDistillation",
     "Richness",
     "RowTerms",
     "Tap",

@@ -14,19 +14,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from frs_kernels import backends, checks
 from frs_kernels.functional import fsr_loss
+from frs_kernels.heads import localization_distillation, quality_focal_distillation
 from frs_kernels.levels import Levels
 from frs_kernels.options import Options, Weight
-from frs_kernels.results import FSRTerms, Richness, RowTerms
+from frs_kernels.results import FSRTerms, ImitationTerms, Richness, RowTerms
 from frs_kernels.rows import cwd_loss, pkd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from frs_kernels.options import Backend, LossOptions
+    from frs_kernels.options import Backend, CommonOptions, FocalOptions, LossOptions
 
 
-class FSRLoss(nn.Module):
+class _OfGroup(nn.Module):
+    """A loss whose mass is averaged over a process group."""
+
+    _group: _Group
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """A copy of the module has it, too; a pickle has not, and says so where it is read."""
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        self._group = _Group(group)
+
+
+class FSRLoss(_OfGroup):
     """`fsr_loss` with its options kept. `FSRLoss(**PRESETS["gfl"])`.
 
     The arguments are those of `fsr_loss`. A weight given as a number stays one and may be set between steps, for a
@@ -79,15 +95,6 @@ class FSRLoss(nn.Module):
             **self.options._asdict(),
         )
 
-    @property
-    def process_group(self) -> ProcessGroup | None:
-        """A copy of the module has it, too; a pickle has not, and says so where it is read."""
-        return self._group.group
-
-    @process_group.setter
-    def process_group(self, group: ProcessGroup | None) -> None:
-        self._group = _Group(group)
-
     def extra_repr(self) -> str:
         """The weights, and every option that is not its default."""
         usual = Options()._asdict() | {"process_group": None, "return_terms": False}
@@ -97,25 +104,32 @@ class FSRLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in (weights | shown).items())
 
 
-class _RowLoss(nn.Module):
-    """A loss along rows with its options kept."""
+class _Weighed(nn.Module):
+    """A loss with one weight, its options kept."""
 
-    def __init__(self, weight: Weight, own: dict[str, float], options: dict[str, Any], return_terms: bool) -> None:
+    def __init__(self, weight: Weight, options: dict[str, Any]) -> None:
         super().__init__()
         checks.check_weight("weight", weight, getattr(weight, "device", None))
-        checks.check_level_weights(options["level_weights"], None)
-        checks.check_option("backend", options["backend"], ("auto", *backends.BACKENDS))
         self.weight: Weight
         if isinstance(weight, Tensor):
             self.register_buffer("weight", weight.detach().clone(), persistent=False)
         else:
             self.weight = weight
-        self.options = {**own, **options, "return_terms": return_terms}
+        self.options = options
 
     def extra_repr(self) -> str:
         """The weight, and the other options that are given."""
         shown = {name: value for name, value in self.options.items() if value not in (None, False, "auto")}
         return ", ".join(f"{name}={value!r}" for name, value in ({"weight": self.weight} | shown).items())
+
+
+class _RowLoss(_Weighed):
+    """A loss along rows."""
+
+    def __init__(self, weight: Weight, own: dict[str, float], options: dict[str, Any], return_terms: bool) -> None:
+        checks.check_level_weights(options["level_weights"], None)
+        checks.check_option("backend", options["backend"], ("auto", *backends.BACKENDS))
+        super().__init__(weight, {**own, **options, "return_terms": return_terms})
 
 
 class PKDLoss(_RowLoss):
@@ -162,6 +176,69 @@ class CWDLoss(_RowLoss):
         return found
 
 
+class _HeadLoss(_Weighed, _OfGroup):
+    """A loss of what a head emits, under a mask."""
+
+    def __init__(
+        self, weight: Weight, own: dict[str, Any], options: Any, group: ProcessGroup | None, return_terms: bool
+    ) -> None:
+        Options.of(**options)
+        super().__init__(weight, {**own, **options, "return_terms": return_terms})
+        self._group = _Group(group)
+
+
+class QualityFocalDistillation(_HeadLoss):
+    """`quality_focal_distillation` with its options kept: `QualityFocalDistillation(beta=2.0)`. Its arguments.
+
+    A weight given as a number may be set between steps; one given as a 0-dim tensor becomes a buffer.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        detach: bool = False,
+        process_group: ProcessGroup | None = None,
+        return_terms: bool = False,
+        **options: Unpack[FocalOptions],
+    ) -> None:
+        checks.check_flag("detach", detach)
+        super().__init__(weight, {"detach": detach}, options, process_group, return_terms)
+
+    def forward(
+        self, student_logits: Levels, teacher_logits: Levels, mask: Levels | Richness | None = None
+    ) -> Tensor | ImitationTerms:
+        found: Tensor | ImitationTerms = quality_focal_distillation(
+            student_logits, teacher_logits, mask, weight=self.weight, process_group=self.process_group, **self.options
+        )
+        return found
+
+
+class LocalizationDistillation(_HeadLoss):
+    """`localization_distillation` with its options kept: `LocalizationDistillation(0.25)`. Its arguments; weight as
+    in `QualityFocalDistillation`."""
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        sides: int = 4,
+        process_group: ProcessGroup | None = None,
+        return_terms: bool = False,
+        **options: Unpack[CommonOptions],
+    ) -> None:
+        checks.check_count("sides", sides)
+        super().__init__(weight, {"sides": sides}, options, process_group, return_terms)
+
+    def forward(
+        self, student_reg: Levels, teacher_reg: Levels, mask: Levels | Richness | None = None
+    ) -> Tensor | ImitationTerms:
+        found: Tensor | ImitationTerms = localization_distillation(
+            student_reg, teacher_reg, mask, weight=self.weight, process_group=self.process_group, **self.options
+        )
+        return found
+
+
 class _Group:
     """A process group, which can be neither copied nor pickled."""
 
@@ -179,7 +256,7 @@ class _Group:
 
 def _without_group() -> _Group:
     warnings.warn(
-        "this FSRLoss was pickled with a process group, which lives with its process: set its process_group anew, or "
+        "this loss was pickled with a process group, which lives with its process: set its process_group anew, or "
         "the mass is averaged over no ranks",
         stacklevel=2,
     )

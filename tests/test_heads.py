@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ from torch import Tensor
 
 from frs_kernels import (
     ImitationTerms,
+    LocalizationDistillation,
+    QualityFocalDistillation,
     Richness,
     fsr_loss,
     localization_distillation,
     masked_imitation_loss,
     masks,
+    quality_focal_distillation,
     richness_mask,
 )
 
@@ -217,3 +222,46 @@ def test_defeat_in_one_pass(rng, backend, device):
     assert loss.item() == pytest.approx(right.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(loss, s), torch.autograd.grad(right, s), strict=True):
         assert relative(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (QualityFocalDistillation, quality_focal_distillation, {"beta": 2.0, "detach": True, "normalizer": "none"}),
+        (LocalizationDistillation, localization_distillation, {"sides": 3, "temperature": 2.0, "eps": 0.5}),
+        (LocalizationDistillation, localization_distillation, {}),
+    ],
+)
+def test_modules_are_the_functions(rng, module, function, options):
+    of = heads(rng, "cpu", 12)
+    for mask in (None, of.mask):
+        right = function(of.x, of.z, mask, weight=0.25, **options)
+        made = module(0.25, **options)
+        for twin in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert torch.equal(twin(of.x, of.z, mask), right)
+        terms = module(torch.tensor(0.25), return_terms=True, **options)(of.x, of.z, mask)
+        assert isinstance(terms, ImitationTerms)
+        assert terms.loss.item() == pytest.approx(right.item(), rel=1e-6)
+    assert "weight=0.25" in repr(made)
+    assert all(f"{name}={value!r}" in repr(made) for name, value in options.items())
+    scaled = module(torch.tensor(2.0))
+    assert dict(scaled.named_buffers()).keys() == {"weight"}
+    assert not scaled.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: QualityFocalDistillation(-1.0), ValueError, "weight must be zero or more"),
+        (lambda: QualityFocalDistillation(beta=-1.0), ValueError, "beta must be zero or more"),
+        (lambda: QualityFocalDistillation(detach=1), TypeError, "detach"),
+        (lambda: QualityFocalDistillation(sides=4), TypeError, "sides"),
+        (lambda: LocalizationDistillation(sides=0), ValueError, "sides must be 1 or more"),
+        (lambda: LocalizationDistillation(temperature=0.0), ValueError, "temperature must be positive"),
+        (lambda: LocalizationDistillation(normalizer="sum"), ValueError, "normalizer='sum' is unknown"),
+        (lambda: LocalizationDistillation(process_group="WORLD"), TypeError, "process_group must be"),
+    ],
+)
+def test_a_module_is_refused_when_it_is_made(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

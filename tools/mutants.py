@@ -189,7 +189,8 @@ class Copy:
         for group in (part.tests[:4], part.tests[4:]):  # what fails in the first needs no time for the rest
             files = [self.root / "tests" / f"test_{name}.py" for name in group]
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
-                       "--no-header", "--tb=no", "-k", f"({part.chosen}) and not elements and not 32_bits", *files]  # fmt: skip
+                       "--no-header", "--tb=no", "-k",
+                       f"({part.chosen}) and not elements and not 32_bits", *files]  # fmt: skip
             code, out = run(
                 command, self.root, OMP_NUM_THREADS="1", PYTHONPATH=str(self.root), PYTHONDONTWRITEBYTECODE="1",
                 TEST_SEED="1",
