@@ -18,8 +18,8 @@ from toy_detectors import EXAMPLE, Detector, by_hand, distiller, images, pair
 
 from frs_kernels import PRESETS, fsr_loss
 from frs_kernels.distill import Distiller, masks
-from frs_kernels.distill.distiller import Recipe
 from frs_kernels.distill.pairing import UNUSED
+from frs_kernels.distill.recipe import Recipe
 
 
 def test_a_dict_of_losses_gets_two_more():

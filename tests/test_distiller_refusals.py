@@ -10,7 +10,7 @@ from torch import nn
 from toy_detectors import EXAMPLE, Detector, distiller, images, pair
 
 from frs_kernels.distill import Distiller
-from frs_kernels.distill.distiller import Recipe
+from frs_kernels.distill.recipe import Recipe
 
 
 class Branching(Detector):

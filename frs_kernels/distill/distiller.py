@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,10 @@ from frs_kernels.distill.pairing import (
     ramp,
     resized,
 )
+from frs_kernels.distill.recipe import Recipe, both
 from frs_kernels.distill.tap import COMPILED, Source, Tap
-from frs_kernels.modules import FSRLoss
+from frs_kernels.functional import richness_mask
+from frs_kernels.modules import FSRLoss, LocalizationDistillation
 from frs_kernels.row_losses import ROW_LOSSES
 
 if TYPE_CHECKING:
@@ -32,32 +33,9 @@ if TYPE_CHECKING:
 
     from frs_kernels.options import Keywords
 
-RECIPES = ("torchvision", "ultralytics", "transformers")
 SCHEDULES = ("constant", "cosine")
 MASKS = ("richness", "ones")
 Mask = str | Callable[[list[Tensor]], list[Tensor]]
-
-
-def _alone(images: Tensor) -> Sequence[Any]:
-    return (images,)
-
-
-def _whole(model: nn.Module, images: Tensor) -> Any:
-    return model(images)
-
-
-class Recipe(NamedTuple):
-    """Where a detector emits what is distilled. `frs_kernels.distill.tap` says what a source is."""
-
-    feats: Source | None = None
-    logits: Source | None = None
-    images: Source | None = None
-    run: Callable[[nn.Module, Tensor], Any] = _whole
-    """Runs a model on images that are resized and normalised, at least as far as its taps."""
-    example: Callable[[Tensor], Sequence[Any]] = _alone
-    """Makes the arguments of a call of a batch of images."""
-    normalisation: Any = None
-    """What the images are normalised by inside the model: student and teacher must agree."""
 
 
 class Distiller(Distilling, nn.Module):
@@ -71,6 +49,7 @@ class Distiller(Distilling, nn.Module):
     In training mode each call runs the teacher on the images that the student saw, as far as needed, and adds
 
         loss_frs_feat = ramp * feat_weight * feat,    loss_frs_cls = ramp * cls_weight * cls        (`fsr_loss`)
+        loss_frs_box = ramp * `localization_distillation`, with boxes=
 
     to what the student returns, if that is a dict of scalars; else `loss()` hands out their sum. In eval mode it is
     the student alone. The teacher is outside the module tree: in no checkpoint, optimiser or DDP bucket. `train()`
@@ -82,8 +61,11 @@ class Distiller(Distilling, nn.Module):
         student, teacher: detectors. The teacher is frozen and put into eval mode.
         feats, logits, images: where both emit the levels' features, the class logits and the images; feats or logits
             may be left out. Without `images` the teacher is given the first argument of the call.
-        of_teacher: those that differ in the teacher, dict(feats=..., logits=...).
-        recipe: instead of the three "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
+        boxes: where both emit the distributions of a box's sides, (N, sides * bins, H, W) a level, as GFL's head does:
+            `localization_distillation` under the same mask is added, as loss_frs_box.
+        box_options: its options, dict(weight=0.25, temperature=10.0, ...).
+        of_teacher: those that differ in the teacher, dict(feats=..., logits=..., boxes=...).
+        recipe: instead of these "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
             the student's and the teacher's.
         preset: a name in `frs_kernels.PRESETS`; None for weights of 1 and normalizer="total_mass", which was the better
             one wherever it was tried (docs/math.md). With a cls_weight of 0 the head is left out.
@@ -120,6 +102,8 @@ class Distiller(Distilling, nn.Module):
         feats: Source | None = None,
         logits: Source | None = None,
         images: Source | None = None,
+        boxes: Source | None = None,
+        box_options: dict[str, Any] | None = None,
         of_teacher: dict[str, Source] | None = None,
         recipe: str | Recipe | tuple[Recipe, Recipe] | None = None,
         preset: str | None = None,
@@ -162,19 +146,15 @@ class Distiller(Distilling, nn.Module):
         if "return_terms" in options:
             raise TypeError("return_terms is the distiller's own; the last call's terms are in distiller.terms")
         self.criterion = FSRLoss(**options_of(preset, options))
-        if recipe is None:
-            if unknown := set(of_teacher or {}) - {"feats", "logits"}:
-                raise ValueError(f"of_teacher has {sorted(unknown)}; it takes 'feats' and 'logits'")
-            other = {"feats": feats, "logits": logits, **(of_teacher or {})}
-            recipe = Recipe(feats, logits, images), Recipe(other["feats"], other["logits"])
-        elif any(source is not None for source in (feats, logits, images, of_teacher)):
-            raise ValueError("recipe= says where the modules are; give feats, logits, images instead of it, not beside")
-        if isinstance(recipe, str):
-            checks.check_option("recipe", recipe, RECIPES)
-            # By name, since integrations stand on this module.
-            make = importlib.import_module(f"frs_kernels.integrations.{recipe}").recipe
-            recipe = make(student), make(teacher)
-        self.recipes = (recipe, recipe) if isinstance(recipe, Recipe) else recipe
+        sources = {"feats": feats, "logits": logits, "images": images, "boxes": boxes}
+        self.recipes = both(recipe, sources, of_teacher, student, teacher)
+        self.localization = None
+        if self.recipes[0].boxes is not None:
+            if taken := {"process_group", "return_terms"} & set(box_options or {}):
+                raise TypeError(f"box_options has {', '.join(sorted(taken))}, which the distiller sets itself")
+            self.localization = LocalizationDistillation(**(box_options or {}))
+        elif box_options is not None:
+            raise ValueError("box_options without boxes: name the module that emits the boxes' distributions")
         self.mask = mask
         if not self._needs_logits():  # and the teacher need not run so far
             self.recipes = self.recipes[0]._replace(logits=None), self.recipes[1]._replace(logits=None)
@@ -230,7 +210,8 @@ class Distiller(Distilling, nn.Module):
         self.has_logits = self.recipes[0].logits is not None and has_head_term(self.criterion)
         if self._needs_logits() and self.recipes[1].logits is None:
             raise ValueError("the richness is made of the teacher's class logits: name logits, or take mask='ones'")
-        of_student, of_teacher = (tap.feats if self.has_feats else tap.logits for tap in (s, t))
+        sizes = "feats" if self.has_feats else "logits" if self.recipes[0].logits is not None else "boxes"
+        of_student, of_teacher = (getattr(tap, sizes) for tap in (s, t))
         self.levels = choose_levels(levels, of_student, of_teacher, images.shape[-1])
         self.adapter = None
         if self.has_feats:
@@ -244,7 +225,13 @@ class Distiller(Distilling, nn.Module):
                     raise ValueError(f"{message}, and no features to distil; name feats")
                 warnings.warn(f"{message}; features alone are distilled", stacklevel=3)
                 self.has_logits = False
-        if not self.has_feats and not self.has_logits:
+        if self.localization:
+            choose_levels(levels, s.boxes, t.boxes, images.shape[-1])
+            ins, outs = ([b.shape[1] for b in self._pick(tap.boxes)] for tap in (s, t))
+            if ins != outs:
+                raise ValueError(f"student has {ins} channels of boxes a level, teacher {outs}: other bins or anchors")
+            checks.check_sides(self.localization.options["sides"], "boxes", self._pick(s.boxes))
+        if not self.has_feats and not self.has_logits and not self.localization:
             raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
         checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
         return images
@@ -252,7 +239,8 @@ class Distiller(Distilling, nn.Module):
     def _needs_logits(self) -> bool:
         """For the head's term, or for a mask."""
         head = self.recipes[0].logits is not None and has_head_term(self.criterion)
-        return head or (self.mask != "ones" and self.criterion.options.feat_loss not in ROW_LOSSES)
+        masked = self.localization is not None or self.criterion.options.feat_loss not in ROW_LOSSES
+        return head or (self.mask != "ones" and masked)
 
     def _run_teacher(self, model: nn.Module, images: Tensor) -> Tap:
         """As far as needed."""
@@ -266,7 +254,7 @@ class Distiller(Distilling, nn.Module):
     def _tap(self, model: nn.Module, which: int, **options: Any) -> Tap:
         recipe = self.recipes[which]
         images = recipe.images if which == 0 else None
-        return Tap(model, feats=recipe.feats, logits=recipe.logits, images=images, **options)
+        return Tap(model, feats=recipe.feats, logits=recipe.logits, boxes=recipe.boxes, images=images, **options)
 
     def _images(self, tap: Tap, arguments: Sequence[Any]) -> Tensor:
         if self.recipes[0].images is not None:
@@ -316,7 +304,7 @@ class Distiller(Distilling, nn.Module):
         return returned
 
     def loss(self) -> Tensor:
-        """loss_frs_feat + loss_frs_cls of the last call, where the student returned no dict of losses; once a call.
+        """The sum of the last call's losses, where the student returned no dict of losses; once a call.
 
         Raises:
             RuntimeError: there is none: they are in the dict, were handed out, or there was no call in training mode.
@@ -335,28 +323,31 @@ class Distiller(Distilling, nn.Module):
 
     @torch.no_grad()
     def observe(self, images: Tensor) -> Tap:
-        """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`."""
+        """What the teacher emits for images as its backbone takes them: `.feats`, `.logits`, `.boxes`."""
         self.teacher.eval()
         return self._run_teacher(self.teacher, self._prepared(images))
 
-    def _emitted(self, images: Tensor) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """The teacher's features and logits at the levels that are distilled, those that are needed."""
-        t = self.observe(images)
-        feats = self._pick(t.feats) if self.has_feats else None
-        return feats, self._pick(t.logits) if self.recipes[1].logits is not None else None
+    def _emitted(self, images: Tensor) -> tuple[list[Tensor] | None, ...]:
+        """The teacher's features, logits and boxes at the levels that are distilled, those that are needed."""
+        t, recipe = self.observe(images), self.recipes[1]
+        needed = self.has_feats, recipe.logits is not None, self.localization is not None
+        names = ("feats", "logits", "boxes")
+        return tuple(self._pick(getattr(t, name)) if need else None for name, need in zip(names, needed, strict=True))
 
     def _distil(self, s: Tap, images: Tensor) -> dict[str, Tensor]:
         feats = self._pick(s.feats) if self.has_feats else None
         logits = self._pick(s.logits) if self.has_logits else None
-        of_teacher, z = found = self.beside.run(self._emitted, images)
+        boxes = self._pick(s.boxes) if self.localization else None
+        found = self.beside.run(self._emitted, images)
         self.beside.join(found)
-        self.check_first(of_teacher or [], z or [])
+        self.check_first(*(levels or [] for levels in found))
         if self.image_scale != 1:
-            like = feats or logits or []
-            of_teacher, z = (levels and resized(levels, like) for levels in (of_teacher, z))
+            like = feats or logits or boxes or []
+            found = tuple(levels and resized(levels, like) for levels in found)
+        of_teacher, z, of_boxes = found
         learns = {
             name: any(x.requires_grad for x in levels)
-            for name, levels in (("features", feats), ("class logits", logits))
+            for name, levels in (("features", feats), ("class logits", logits), ("boxes", boxes))
             if levels is not None
         }
         for name in learns:
@@ -365,16 +356,28 @@ class Distiller(Distilling, nn.Module):
                     f"the student's {name} carry no gradient, so that it learns nothing from them: they are frozen, "
                     "under no_grad, or inside checkpoint(use_reentrant=True)"
                 )
-        mask = None
+        mask: Any = None
         if self.mask == "ones":
-            mask = masks.ones(of_teacher or z or [])
+            mask = masks.ones(of_teacher or z or of_boxes or [])
         elif not isinstance(self.mask, str):
             assert z is not None
             mask = self.mask(z)
             if mask is None:
                 raise TypeError("mask= returned None; it gives a list of (N, H, W), one a level")
-        group = self.criterion.process_group
-        return self.imitate(feats, of_teacher, logits, z, mask=mask, ramp=self.ramp(), process_group=group)
+        ramp, group = self.ramp(), self.criterion.process_group
+        losses = {}
+        if self.has_feats or self.has_logits:
+            losses = self.imitate(feats, of_teacher, logits, z, mask=mask, ramp=ramp, process_group=group)
+            mask = mask or (self.terms and self.terms.mask)
+        if self.localization:
+            assert boxes is not None
+            assert of_boxes is not None
+            if not mask:
+                assert z is not None
+                mask = richness_mask(z, backend=self.criterion.options.backend)
+            self.localization.process_group = group
+            losses["loss_frs_box"] = ramp * self.localization(boxes, of_boxes, mask)
+        return losses
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no loss to hand out and is not compiled: tensors of a graph and compiled code cannot be copied."""

@@ -90,9 +90,9 @@ def make_adapter(student: Levels, teacher: Levels, kernel_size: int | None) -> F
     return None
 
 
-def check_finite(feats: Levels, logits: Levels) -> None:
+def check_finite(feats: Levels, logits: Levels, boxes: Levels) -> None:
     """Raise ValueError where the teacher's first images show that its dtype is too narrow."""
-    for name, levels in (("feats", feats), ("logits", logits)):
+    for name, levels in (("feats", feats), ("logits", logits), ("boxes", boxes)):
         for level, x in enumerate(levels):
             if not x.isfinite().all():
                 raise ValueError(
@@ -271,11 +271,11 @@ class Distilling:
         self.settle()
         self.beside.mark(next(self.teacher.parameters(), torch.empty(0)).device)
 
-    def check_first(self, feats: Levels, logits: Levels) -> None:
+    def check_first(self, feats: Levels, logits: Levels, boxes: Levels = ()) -> None:
         """After it: once, a dtype that is too narrow is an error."""
         if self.unseen:
             self.unseen = False
-            check_finite(feats, logits)
+            check_finite(feats, logits, boxes)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """At the teacher's scale, in its dtype and layout."""

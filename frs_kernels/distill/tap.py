@@ -62,6 +62,7 @@ class Tap:
     Args:
         model: the detector.
         feats, logits: sources of the levels' features and class logits. At least one.
+        boxes: source of what a head predicts of boxes, (N, sides * bins, H, W) a level, or packed as logits may be.
         images: source of the images as the backbone sees them; a name means that module's input.
         stop_at: `counts` of an earlier pass: as soon as every module has been called so often, the pass ends, by an
             exception that goes no further than this context.
@@ -81,14 +82,16 @@ class Tap:
         feats: Source | None = None,
         logits: Source | None = None,
         images: Source | None = None,
+        boxes: Source | None = None,
         stop_at: Sequence[int] | None = None,
         through: Mapping[str, Through] | None = None,
         when_images: Callable[[], None] | None = None,
     ) -> None:
-        if feats is None and logits is None and images is None:
-            raise ValueError("nothing to collect: name the modules that emit feats, logits or images")
+        if feats is None and logits is None and images is None and boxes is None:
+            raise ValueError("nothing to collect: name the modules that emit feats, logits, boxes or images")
         self._sources = {
-            "feats": feats, "logits": logits, "images": Input(images) if isinstance(images, str) else images,
+            "feats": feats, "logits": logits, "boxes": boxes,
+            "images": Input(images) if isinstance(images, str) else images,
         }  # fmt: skip
         self._recorders: dict[Output | Input, _Recorder] = {}
         for name, source in self._sources.items():
@@ -146,13 +149,21 @@ class Tap:
     @property
     def logits(self) -> list[Tensor]:
         """(N, K, H, W), one a level; where features are collected, of their N, H and W."""
-        found = self._collected("logits")
+        return self._of_head("logits")
+
+    @property
+    def boxes(self) -> list[Tensor]:
+        """(N, C, H, W), likewise."""
+        return self._of_head("boxes")
+
+    def _of_head(self, name: str) -> list[Tensor]:
+        found = self._collected(name)
         if self._sources["feats"] is None:
-            return [_as_level("logits", z) for z in found]
+            return [_as_level(name, z) for z in found]
         feats = self.feats
         if len(found) == 1 and found[0].dim() == 3:
-            return split_packed(found[0], [(x.shape[2], x.shape[3]) for x in feats])
-        return _like_features([_as_level("logits", z) for z in found], feats)
+            return split_packed(found[0], [(x.shape[2], x.shape[3]) for x in feats], name)
+        return _like_features(name, [_as_level(name, z) for z in found], feats)
 
     @property
     def images(self) -> Tensor:
@@ -307,31 +318,32 @@ def _as_level(name: str, x: Tensor) -> Tensor:
     if x.dim() != 4:
         raise ValueError(
             f"{name}: collected a tensor of shape {tuple(x.shape)}; levels are (N, C, H, W), or one packed (N, K, P) "
-            "or (N, P, K) of logits beside collected features"
+            "or (N, P, K) of a head's outputs beside collected features"
         )
     return x
 
 
-def _like_features(logits: list[Tensor], feats: list[Tensor]) -> list[Tensor]:
-    if len(logits) != len(feats):
-        many = len(logits) > len(feats)
-        hint = "; did the head run more than once in the pass?" if many and len(logits) % len(feats) == 0 else ""
-        raise ValueError(f"logits: {len(logits)} levels were collected, features have {len(feats)}{hint}")
-    for level, (z, x) in enumerate(zip(logits, feats, strict=True)):
+def _like_features(name: str, levels: list[Tensor], feats: list[Tensor]) -> list[Tensor]:
+    if len(levels) != len(feats):
+        many = len(levels) > len(feats)
+        hint = "; did the head run more than once in the pass?" if many and len(levels) % len(feats) == 0 else ""
+        raise ValueError(f"{name}: {len(levels)} levels were collected, features have {len(feats)}{hint}")
+    for level, (z, x) in enumerate(zip(levels, feats, strict=True)):
         if (z.shape[0], *z.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise ValueError(
-                f"logits[{level}] {tuple(z.shape)} and feats[{level}] {tuple(x.shape)} differ in N, H or W; the "
+                f"{name}[{level}] {tuple(z.shape)} and feats[{level}] {tuple(x.shape)} differ in N, H or W; the "
                 "features are to be those that the head is given"
             )
-    return logits
+    return levels
 
 
-def split_packed(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def split_packed(packed: Tensor, sizes: Sequence[tuple[int, int]], name: str = "logits") -> list[Tensor]:
     """Views (N, K, H, W) of levels packed as (N, K, P), or (N, P, K) with P = A * sum(H * W); then (N, A * K, H, W).
 
     Args:
         packed: levels one after another, positions row-major, anchors of a position side by side.
         sizes: each level's (H, W).
+        name: of what is packed, for an error.
 
     Raises:
         ValueError: neither axis has as many elements as the levels have positions, or both do.
@@ -343,7 +355,7 @@ def split_packed(packed: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tenso
     if in_columns == in_rows:
         which = "both axes have" if in_columns else "no axis has"
         raise ValueError(
-            f"logits {tuple(packed.shape)}: {which} the {positions} positions of the levels {list(sizes)}; give the "
+            f"{name} {tuple(packed.shape)}: {which} the {positions} positions of the levels {list(sizes)}; give the "
             "levels apart, or the features that the head is given"
         )
     # split, not slices: the gradient of each of those would be a tensor of the whole size.
