@@ -74,6 +74,20 @@ def refused(rank: int, p: Pyramid, limit: timedelta, until: Path | None = None) 
     raise AssertionError("a step that cannot be")
 
 
+def averaged_gradients(rank: int, p: Pyramid, backend: str, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This rank's share of the joint batch's loss and gradients, for each choice of options."""
+    mine = Pyramid(*(half(rank, levels) for levels in p.inputs)).map(torch.clone)
+    results = []
+    for options in choices:
+        loss = fsr_loss(*mine.inputs, process_group=dist.group.WORLD, backend=backend, **options)
+        local = fsr_loss(*mine.inputs, backend=backend, **options).detach()
+        grads = torch.autograd.grad(loss, mine.student)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        results.append({"loss": total / RANKS, "local": local, "grads": [g / RANKS for g in grads]})
+    return results
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
