@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,10 +33,8 @@ def launch(work: Callable[..., Any], folder: Path, *args: Any, ranks: int = RANK
 def _process(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...], ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
-        torch.save(work(rank, *args), folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    torch.save(work(rank, *args), folder / f"{rank}.pt")
+    os._exit(0)  # past the interpreter's end, which a thread of gloo's may outlive and then aborts the process
 
 
 def half(rank: int, levels: list[Tensor]) -> list[Tensor]:
