@@ -57,3 +57,13 @@ def test_boxes_by_loop(rng):
     with pytest.raises(ValueError, match="boxes are of 1 images, the levels of 2"):
         masks.boxes(boxes[:1], like, strides)
     assert all((m == 1).all() and m.shape == x[:, 0].shape for m, x in zip(masks.ones(like), like, strict=True))
+
+
+def test_objects_and_background_apart(rng):
+    objects = [(torch.rand(2, *x.shape[2:], generator=rng) * 4).clamp(0, 1) for x in levels(rng)]
+    objects += [torch.zeros(2, 3, 3), torch.ones(2, 3, 3)]
+    for found, m in zip(masks.decoupled(objects, 4.0, 0.5), objects, strict=True):
+        inside, outside = m.sum().item(), (1 - m).sum().item()
+        for mine, v in zip(found.flatten().tolist(), m.flatten().tolist(), strict=True):
+            right = (4.0 * v / inside if inside else 0.0) + (0.5 * (1 - v) / outside if outside else 0.0)
+            assert mine == pytest.approx(right, rel=1e-5, abs=1e-9)
