@@ -8,6 +8,7 @@
     mmdet, teachers         examples/mmdet/results.json, of `make demo-mmdet DEMO_ARGS="--ablation --seeds 0 1 2"`
     frameworks              examples/frameworks/results.json, of `make demo-frameworks`
     studies                 examples/digits/studies
+    mutants                 tests/mutants.json, of `make mutants`
     which-loss              the losses-DATA.json there, of `make study`
     speed, speed-cpu, losses, losses-short,
     speed-short,
@@ -35,6 +36,7 @@ from bench_host import TARGET, TRIVIAL
 from demo_tables import EXAMPLES, digits, digits_short, frameworks, markdown, mmdet, studies, teachers
 from grid import TITLES, Case
 from loss_tables import which_loss
+from mutant_tables import mutants
 
 ROOT = EXAMPLES.parent
 SHOWN = ("authors' form", "logits form", "torch.compile")
@@ -314,6 +316,7 @@ BLOCKS = {
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
     "ladder": (ladder, (ROOT / "docs" / "step-cost.md",)),
     "teachers": (teachers, (ROOT / "docs" / "step-cost.md",)),
+    "mutants": (mutants, (ROOT / "docs" / "mutants.md",)),
     "frameworks": (frameworks, (EXAMPLES / "frameworks" / "README.md",)),
 }
 
