@@ -94,7 +94,7 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
 
     In fp32 also for bf16 and fp16 inputs, which is what autocast does to a loss and less than eager's error in their
     own dtype. At least two roundings of what is subtracted (for logits share * sigmoid(x)), since a pyramid of a few
-    numbers may be right by chance; in fp64 four, since the truth itself is rounded to fp64.
+    numbers may be right by chance; in fp64 four, since the truth itself is rounded to fp64; of a softmax more.
     """
     dtype = working_dtype(p, options.get("mask"))
     eps = torch.finfo(dtype).eps * (2 if dtype == torch.float64 else 1)
@@ -110,6 +110,8 @@ def eager_error(p: Pyramid, expected: Answer, **options: Any) -> list[float]:
             heads = [torch.maximum(a.abs(), b.abs()) for a, b in zip(subtracted[len(p.s or []) :], moved, strict=True)]
             subtracted = [*subtracted[: len(p.s or [])], *heads]
         eps *= condition(p, **options)
+        if options.get("cls_loss") == "softmax_kl":  # a sum of so many exponentials, one after another
+            eps *= max(1.0, math.sqrt(options.get("group_size") or max(x.shape[1] for x in p.x)) / 4)
     sizes = [(b.abs().max().item(), c.abs().max().item()) if b.numel() else (0.0, 0.0)
              for b, c in zip(expected.grads, subtracted, strict=True)]  # fmt: skip
     return [max(worst * size, 2 * eps * max(size, before)) for size, before in sizes]

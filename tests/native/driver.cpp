@@ -249,7 +249,7 @@ void rows_of_levels(int& i) {
       const Layout l = three[++i % 3];
       run("large", rows(loss, {{2, 4, 40, 56}, {1, 9, 25, 42}, {3, 8, 13, 21}}, d, d, l, l));
       run("many channels", rows(loss, {{2, 90, 2, 3}, {1, 136, 7, 11}}, d, d, l, l));
-      run("many images", rows(loss, {{40, 3, 2, 5}, {17, 8, 4, 8}}, d, d, l, l));
+      run("many images", rows(loss, {{40, 3, 2, 5}, {17, 8, 4, 8}, {9, 40, 3, 5}}, d, d, l, l));
       run("empty levels", rows(loss, {{0, 8, 4, 4}, {1, 8, 4, 4}, {2, 8, 0, 4}}, d, d, l, l));
       run("only empty levels", rows(loss, {{0, 8, 4, 4}, {0, 3, 2, 2}}, d, d, l, l));
       run("19 levels", rows(loss, std::vector<Shape>(19, {1, 8, 2, 4}), d, d, l, l));
