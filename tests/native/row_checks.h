@@ -15,7 +15,7 @@ struct RowSpec {
   Shape shape;
   DType student, teacher;
   Layout student_layout, teacher_layout;
-  double scale = 1, far = 0;  // far: what is added to all numbers
+  double scale = 1, far = 0, spread = 1;  // far: what is added to all numbers
 };
 
 struct RowCall {
@@ -29,6 +29,8 @@ struct RowCall {
 
 // Rounding errors of a sum of some tens of numbers in float, each after a few operations.
 constexpr Real OF_SUM = 24;
+
+constexpr Real SUBNORMAL = std::numeric_limits<float>::denorm_min();
 
 // A row's numbers as the truth and its bounds need them.
 struct Side {
@@ -89,7 +91,7 @@ RowTruth truth_of_cwd(const Side& s, const Side& t, const RowCall& call, Real sh
     kl += q * (log_q - log_p), scale += q * (std::fabs(log_q) + std::fabs(log_p));
     truth.slope[i] = share * tau * (p - q);
     const auto roundings = [&](const Side& of) { return OF_SUM + 2 * (of.most - of.at[i]) / tau; };
-    truth.slope_bound[i] = u * std::fabs(share) * tau * (p * roundings(s) + q * roundings(t));
+    truth.slope_bound[i] = u * std::fabs(share) * tau * (p * roundings(s) + q * roundings(t)) + 3 * SUBNORMAL;
   }
   truth.value = share * tau * tau * kl;
   truth.bound = OF_SUM * u * std::fabs(share) * tau * tau * (1 + scale + std::fabs(s.most - t.most) / tau);
@@ -113,7 +115,7 @@ RowData make(const RowCall& call) {
     Tensor& s = d.students.emplace_back(shape, spec.student, layout);
     Tensor& t = d.teachers.emplace_back(shape, spec.teacher, spec.teacher_layout);
     Tensor& g = d.grads.emplace_back(shape, spec.student, is_last(layout) && layout < LAYOUTS ? channels_last : layout);
-    s.fill(spec.far - 0.5, 2), t.fill(spec.far + 1, 1.5);
+    s.fill(spec.far - 0.5, 2 * spec.spread), t.fill(spec.far + 1, 1.5 * spec.spread);
     for (int64_t i = 0; l == call.flat_level && i < shape.n * shape.positions(); ++i)
       s.set(i / shape.positions(), 0, i % shape.positions(), 0.5);
     if (l == call.nan_level) s.set(shape.n - 1, shape.c / 2, shape.positions() / 2, NAN), t.set(0, 0, 0, NAN);
