@@ -252,3 +252,10 @@ products = dict(re.findall(r"mul\\.rn\\.f32 (%[rf]\\d+), (%[rf]\\d+),", ptx))
 assert len(products) >= 16, len(products)
 assert not re.search(r"fma\\.rn\\.f32", ptx), "the gradient alone has no sum of a product"
 """)
+
+
+def test_nothing_to_imitate_is_refused(launches):
+    scores, norm = torch.zeros(3), torch.zeros(1)
+    with pytest.raises(RuntimeError, match="imitate: student is empty; it needs at least one entry"):
+        imitate.imitate([], [], scores, norm, *columns([], [Term("mse")]))
+    assert not launches
