@@ -12,6 +12,8 @@ from columns import Entry, Results, Term, arguments, assert_right, columns, imit
 from torch import Tensor
 from truth import lay_out
 
+from frs_kernels.levels import level_slices
+from frs_kernels.losses import group_size
 from frs_kernels.ops import VERBS
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -280,3 +282,25 @@ def test_empty_columns_that_do_not_fit(rng, backend, device):
     z = [e.z for e in entries]
     with pytest.raises(RuntimeError, match="logits is empty"):
         VERBS[backend].distill(z, z, [], *columns(entries, [Term("mse")]))
+
+
+@pytest.mark.parametrize(
+    ("level", "total", "words"),
+    [
+        ([0, 0], 6, "the entries of level 0 have 6 and 4 positions"),
+        ([0, 2], 10, "level 1 has no entry"),
+        ([0, 1], 11, "the levels have 10 positions, scores hold 11"),
+    ],
+)
+def test_the_definition_knows_where_scores_lie(level, total, words):
+    entries = [torch.zeros(1, 5, 2, 3), torch.zeros(2, 5, 1, 2)]
+    assert level_slices(entries, [0, 1], 10) == [slice(0, 6), slice(6, 10)]
+    with pytest.raises(RuntimeError, match=words):
+        level_slices(entries, level, total)
+
+
+@pytest.mark.parametrize(("beta", "channels"), [(-1.0, 6), (0.5, 6), (4.0, 6), (0.0, 0), (7.0, 6)])
+def test_the_size_of_a_group(beta, channels):
+    assert (group_size(0.0, 6), group_size(3.0, 6), group_size(6.0, 6)) == (6, 3, 6)
+    with pytest.raises(RuntimeError, match=f"divides {channels}, or 0 for all"):
+        group_size(beta, channels)
