@@ -251,15 +251,24 @@ struct Imitation {
   }
 };
 
+std::vector<std::string> texts_of(const std::vector<StringHandle>& handles) {
+  std::vector<std::string> texts;
+  texts.reserve(handles.size());
+  for (StringHandle handle : handles) texts.push_back(text_of(handle));
+  return texts;
+}
+
 std::tuple<Tensor, Tensor, Tensors> imitate_op(const Tensors& student, const Tensors& teacher, const Tensor& scores,
                                                const Tensor& norm, const std::vector<int64_t>& level,
                                                const std::vector<int64_t>& term, const std::vector<double>& scale,
-                                               const std::vector<double>& eps, const std::vector<std::string>& loss,
+                                               const std::vector<double>& eps, const std::vector<StringHandle>& loss,
                                                const std::vector<double>& weight,
                                                const std::vector<std::optional<Tensor>>& factor,
                                                const std::vector<double>& temperature, const std::vector<double>& beta,
                                                const std::vector<bool>& want_grad, bool want_loss, bool joint) {
-  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss, joint};
+  const std::vector<std::string> losses = texts_of(loss);
+  const Columns columns{level,  term,        scale, eps,       losses,    weight,
+                        factor, temperature, beta,  want_grad, want_loss, joint};
   Imitation imitation("imitate", student, teacher, columns, nullptr);
   imitation.check_scores(scores, norm);
   const Given& like = imitation.student[0];
@@ -273,11 +282,13 @@ std::tuple<Tensor, Tensor, Tensors> imitate_op(const Tensors& student, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> distill_op(
     const Tensors& student, const Tensors& teacher, const Tensors& logits, const std::vector<int64_t>& level,
     const std::vector<int64_t>& term, const std::vector<double>& scale, const std::vector<double>& eps,
-    const std::vector<std::string>& loss, const std::vector<double>& weight,
+    const std::vector<StringHandle>& loss, const std::vector<double>& weight,
     const std::vector<std::optional<Tensor>>& factor, const std::vector<double>& temperature,
     const std::vector<double>& beta, const std::vector<bool>& want_grad, bool want_loss, bool joint) {
+  const std::vector<std::string> losses = texts_of(loss);
   Levels levels = logits.empty() ? Levels{} : checked_levels("distill", "logits", logits);
-  const Columns columns{level, term, scale, eps, loss, weight, factor, temperature, beta, want_grad, want_loss, joint};
+  const Columns columns{level,  term,        scale, eps,       losses,    weight,
+                        factor, temperature, beta,  want_grad, want_loss, joint};
   Imitation imitation("distill", student, teacher, columns, &levels);
   const Given& like = imitation.student[0];
   require_device({"distill", "logits", 0, levels[0]}, like);

@@ -66,10 +66,10 @@ struct Aligned {
   int64_t rows = 0;
 };
 
-std::tuple<Tensor, Tensor, Tensor> moments_op(const Tensors& student, const Tensors& teacher, const std::string& loss,
+std::tuple<Tensor, Tensor, Tensor> moments_op(const Tensors& student, const Tensors& teacher, StringHandle loss,
                                               const std::vector<double>& scale, double weight,
                                               const std::optional<Tensor>& factor, double temperature, double eps) {
-  const Aligned given("moments", student, teacher, loss, temperature, factor);
+  const Aligned given("moments", student, teacher, text_of(loss), temperature, factor);
   const int64_t count = static_cast<int64_t>(given.levels.size()), none = 0;
   require(scale.size() == given.levels.size(), "moments: scale must have an element a level, as student has: ", count);
   require(std::isfinite(eps) && eps >= 0, "moments: eps must be zero or more and finite, got ", eps);
@@ -97,9 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> moments_op(const Tensors& student, const Tens
   return {total, values, rows};
 }
 
-Tensors moments_backward_op(const Tensors& student, const Tensors& teacher, const Tensor& rows, const std::string& loss,
+Tensors moments_backward_op(const Tensors& student, const Tensors& teacher, const Tensor& rows, StringHandle loss,
                             double weight, const std::optional<Tensor>& factor, double temperature) {
-  Aligned given("moments_backward", student, teacher, loss, temperature, factor);
+  Aligned given("moments_backward", student, teacher, text_of(loss), temperature, factor);
   const Given& like = given.student[0];
   require(rows.defined(), "moments_backward: rows is None");
   const Given numbers(rows);

@@ -1,5 +1,5 @@
 // torch's tensors for the operators: what is refused of them and in which words, as the structs of verbs.h, and new
-// ones. ops.cpp alone sees this, and with it torch's headers.
+// ones. ops.cpp and row_ops.cpp alone see this, and with it torch's headers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "verbs.h"
 
@@ -66,6 +68,18 @@ struct Name {
     return out << name.verb << ": " << name.argument << "[" << name.level << "] " << name.given;
   }
 };
+
+// The text of a string argument, which is freed. An operator takes handles, since torch's own conversion to std::string
+// loses one, 48 bytes a call: ToImpl<std::string> in stableivalue_conversions.h, up to torch 2.13.
+std::string text_of(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
 
 bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
