@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from frs_kernels.options import Backend, CommonOptions, FocalOptions, LossOptions
+    from frs_kernels.options import Backend, GroupOptions, LossOptions, TermOptions
 
 
 class _OfGroup(nn.Module):
@@ -179,12 +179,21 @@ class CWDLoss(_RowLoss):
 class _HeadLoss(_Weighed, _OfGroup):
     """A loss of what a head emits, under a mask."""
 
-    def __init__(
-        self, weight: Weight, own: dict[str, Any], options: Any, group: ProcessGroup | None, return_terms: bool
-    ) -> None:
+    of: Callable[..., Any]
+
+    def __init__(self, weight: Weight, own: dict[str, Any], options: Any) -> None:
+        group = options.pop("process_group", None)
         Options.of(**options)
-        super().__init__(weight, {**own, **options, "return_terms": return_terms})
+        super().__init__(weight, {**own, **options})
         self._group = _Group(group)
+
+    def forward(
+        self, student: Levels, teacher: Levels, mask: Levels | Richness | None = None
+    ) -> Tensor | ImitationTerms:
+        found: Tensor | ImitationTerms = type(self).of(
+            student, teacher, mask, weight=self.weight, process_group=self.process_group, **self.options
+        )
+        return found
 
 
 class QualityFocalDistillation(_HeadLoss):
@@ -193,50 +202,31 @@ class QualityFocalDistillation(_HeadLoss):
     A weight given as a number may be set between steps; one given as a 0-dim tensor becomes a buffer.
     """
 
+    of = quality_focal_distillation
+
     def __init__(
         self,
         weight: Weight = 1.0,
         *,
         detach: bool = False,
-        process_group: ProcessGroup | None = None,
         return_terms: bool = False,
-        **options: Unpack[FocalOptions],
+        **options: Unpack[TermOptions],
     ) -> None:
         checks.check_flag("detach", detach)
-        super().__init__(weight, {"detach": detach}, options, process_group, return_terms)
-
-    def forward(
-        self, student_logits: Levels, teacher_logits: Levels, mask: Levels | Richness | None = None
-    ) -> Tensor | ImitationTerms:
-        found: Tensor | ImitationTerms = quality_focal_distillation(
-            student_logits, teacher_logits, mask, weight=self.weight, process_group=self.process_group, **self.options
-        )
-        return found
+        super().__init__(weight, {"detach": detach, "return_terms": return_terms}, options)
 
 
 class LocalizationDistillation(_HeadLoss):
     """`localization_distillation` with its options kept: `LocalizationDistillation(0.25)`. Its arguments; weight as
     in `QualityFocalDistillation`."""
 
+    of = localization_distillation
+
     def __init__(
-        self,
-        weight: Weight = 1.0,
-        *,
-        sides: int = 4,
-        process_group: ProcessGroup | None = None,
-        return_terms: bool = False,
-        **options: Unpack[CommonOptions],
+        self, weight: Weight = 1.0, *, sides: int = 4, return_terms: bool = False, **options: Unpack[GroupOptions]
     ) -> None:
         checks.check_count("sides", sides)
-        super().__init__(weight, {"sides": sides}, options, process_group, return_terms)
-
-    def forward(
-        self, student_reg: Levels, teacher_reg: Levels, mask: Levels | Richness | None = None
-    ) -> Tensor | ImitationTerms:
-        found: Tensor | ImitationTerms = localization_distillation(
-            student_reg, teacher_reg, mask, weight=self.weight, process_group=self.process_group, **self.options
-        )
-        return found
+        super().__init__(weight, {"sides": sides, "return_terms": return_terms}, options)
 
 
 class _Group:

@@ -46,12 +46,6 @@ class LossOptions(CommonOptions, total=False):
     cls_loss: ClsLoss
 
 
-class FocalOptions(CommonOptions, total=False):
-    """Those of `QualityFocalDistillation`."""
-
-    beta: float
-
-
 class GroupOptions(CommonOptions, total=False):
     """Those of `localization_distillation`."""
 

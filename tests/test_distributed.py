@@ -10,6 +10,7 @@ from toy_detectors import Detector, images
 from truth import pyramid
 from workers import (
     Model,
+    assert_of_one_process,
     averaged_gradients,
     ddp_gradients,
     descend,
@@ -93,13 +94,7 @@ def test_fully_sharded(tmp_path, returns, parts):
     results = launch(sharded, tmp_path, list(x.chunk(2)), returns, parts)
     distiller = make_distiller(x, returns)
     losses, grads = descend(distiller, x)
-    for step, loss in enumerate(losses):
-        mean = sum(result["losses"][step] for result in results) / len(results)
-        assert relative(mean, loss) <= 1e-6
-    for result in results:
-        assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
-        pairs = zip(result["weights"], distiller.parameters(), strict=True)
-        assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)
+    assert_of_one_process(results, distiller, losses, grads)
 
 
 def test_a_gradient_share_over_ranks(tmp_path):

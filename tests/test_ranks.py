@@ -9,7 +9,7 @@ import torch
 from cases import each_backend, relative
 from toy_detectors import by_hand, images
 from truth import Pyramid, pyramid, truth
-from workers import descend, launch, make_distiller, own_gradients, refused, replicated, sharded
+from workers import assert_of_one_process, descend, launch, make_distiller, own_gradients, refused, replicated, sharded
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 CHOICES = ({}, {"normalizer": "total_mass"}, {"normalizer": "total_mass", "cls_loss": "kl", "feat_weight": 0.3})
@@ -77,13 +77,7 @@ def test_steps_of_unlike_ranks_are_those_of_one_process(tmp_path, wrapped, ranks
         results = launch(sharded, tmp_path, batches, "losses", ["student.neck", "student.head"], ranks=ranks)
     distiller = make_distiller(batches[0])
     losses, grads = descend(distiller, batches, joint_loss)
-    for step, loss in enumerate(losses):
-        mean = sum(result["losses"][step] for result in results) / ranks
-        assert relative(mean, loss) <= 1e-6
-    for result in results:
-        assert all(relative(found, grad) <= 1e-5 for found, grad in zip(result["grads"], grads, strict=True))
-        pairs = zip(result["weights"], distiller.parameters(), strict=True)
-        assert all(relative(found, weight.detach()) <= 1e-5 for found, weight in pairs)
+    assert_of_one_process(results, distiller, losses, grads)
 
 
 @pytest.mark.parametrize("lives_on", [False, True], ids=["ends", "lives on"])

@@ -35,17 +35,9 @@ from mutations import MAKERS, Mutation
 
 JUDGED = ("killed", "survived")
 LEFT_OUT = (
-    ".git",
-    ".venv*",
-    ".pytest_cache",
-    ".mypy_cache",
-    ".ruff_cache",
-    ".hypothesis",
-    "runs",
-    "site",
-    "dist",
-    "asan",
-)
+    ".git", ".venv*", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "runs", "site", "dist", "asan",
+    "tsan",
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -58,17 +50,8 @@ class Part(NamedTuple):
 
 
 LOSSES = (
-    "gradients",
-    "accuracy",
-    "focal",
-    "softmax_kl",
-    "rows",
-    "edges",
-    "table",
-    "row_terms",
-    "operators",
-    "malformed",
-)
+    "gradients", "accuracy", "focal", "softmax_kl", "rows", "edges", "table", "row_terms", "operators", "malformed",
+)  # fmt: skip
 PARTS = {
     "pointwise": Part(
         ("csrc/pointwise.h", "csrc/softmax.h", "csrc/row_losses.h"),
@@ -135,17 +118,19 @@ class Mutant(NamedTuple):
 
 
 def mutants_of(name: str, seed: int) -> list[Mutant]:
-    """All of a part, in a random order."""
-    found = []
+    """All of a part, in a random order; of several that read alike on one line the last."""
+    found: dict[tuple[str, int, str, str, str], Mutant] = {}
     for path in sorted({path for pattern in PARTS[name].sources for path in ROOT.glob(pattern)}):
         if path.suffix in MAKERS:
             source = path.read_bytes()
             lines = source.decode().splitlines()
             for mutation in MAKERS[path.suffix](source):
                 line = mutation.line(source)
-                found.append(Mutant(name, str(path.relative_to(ROOT)), mutation, line, lines[line - 1].strip()))
-    random.Random(f"{seed} {name}").shuffle(found)
-    return found
+                mutant = Mutant(name, str(path.relative_to(ROOT)), mutation, line, lines[line - 1].strip())
+                found[mutant.place] = mutant
+    mutants = list(found.values())
+    random.Random(f"{seed} {name}").shuffle(mutants)
+    return mutants
 
 
 class Copy:
@@ -154,36 +139,38 @@ class Copy:
     def __init__(self, folder: Path, parts: Iterable[str]) -> None:
         self.root = folder / "checkout"
         shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
-        self.builds = {PARTS[part].build for part in parts} - {""}
-        self.objects: dict[str, Native] = {name: BUILDS[name](self.root) for name in self.builds}
+        builds = {PARTS[part].build for part in parts} - {""}
+        self.objects: dict[str, Native] = {name: BUILDS[name](self.root) for name in builds}
 
     def judge(self, mutant: Mutant) -> tuple[str, str]:
         """How it ends, and by what."""
         part, path = PARTS[mutant.part], self.root / mutant.file
         whole = path.read_bytes()
         path.write_bytes(mutant.mutation.of(whole))
+        native = self.objects.get(part.build)
         try:
-            native = self.objects.get(part.build)
-            if native:
-                try:
-                    if not native.make(path):
-                        return "same", ""
-                except Invalid as error:
-                    return "invalid", str(error)
-                end = native.judge() if isinstance(native, Host) else self.test(part)
-                return ("same", "") if end[0] == "survived" and native.optimized_alike(path, whole) else end
-            return self.test(part)
+            if native and not native.make(path):
+                return "same", ""
+            end, by = self.verdict(part)
+            if native and end == "survived" and native.optimized_alike(path, whole):
+                return "same", ""
+            return end, by
+        except Invalid as error:
+            return "invalid", str(error)
         finally:
             path.write_bytes(whole)
 
     def check(self, name: str) -> None:
         """Raises RuntimeError where a part's tests fail without a mutant."""
-        native = self.objects.get(PARTS[name].build)
-        if native:
+        if native := self.objects.get(PARTS[name].build):
             native.link({each: native.folder / f"{each}.o" for each in native.commands})
-        end, by = native.judge() if isinstance(native, Host) else self.test(PARTS[name])
+        end, by = self.verdict(PARTS[name])
         if end != "survived":
             raise RuntimeError(f"{name}: {by}, and nothing was changed")
+
+    def verdict(self, part: Part) -> tuple[str, str]:
+        native = self.objects.get(part.build)
+        return native.judge() if isinstance(native, Host) else self.test(part)
 
     def test(self, part: Part) -> tuple[str, str]:
         for group in (part.tests[:4], part.tests[4:]):  # what fails in the first needs no time for the rest

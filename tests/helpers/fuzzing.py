@@ -137,18 +137,14 @@ def check_imitation(case: Case, p: Pyramid, backend: str) -> None:
     options = with_tensors(case, p.z[0].device)
     kept = {"backend": backend, "return_terms": case.terms, **options}
     weight, loss = options.pop("weight", 1.0), options.pop("loss", "mse")
+    ones = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=accumulate_dtype(*p.x, *p.z)) for z in p.z]
+    scores = held(mask) or ones
+    called = FUNCTIONS[case.function].call
     if case.function == "quality_focal_distillation":
-        called, loss = quality_focal_distillation, QFL[options.pop("detach", False)]
-        ones = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=accumulate_dtype(*p.x, *p.z)) for z in p.z]
-        scores = held(mask) or ones
+        loss = QFL[options.pop("detach", False)]
     elif case.function == "localization_distillation":
-        called, loss = localization_distillation, "softmax_kl"
-        ones = [z.new_ones((z.shape[0], *z.shape[2:]), dtype=accumulate_dtype(*p.x, *p.z)) for z in p.z]
-        scores = held(mask) or ones
-        group = p.z[0].shape[1] // options.pop("sides", 4)
+        loss, group = "softmax_kl", p.z[0].shape[1] // options.pop("sides", 4)
         options = {"temperature": 10.0, "normalizer": "mass_channels", "group_size": group} | options
-    else:
-        called, scores = masked_imitation_loss, held(mask)
     part = "feat" if loss in FEATURES else "cls"
     student, teacher = (p.s, p.t) if part == "feat" else (p.x, p.z)
     p = p.without("x", "z") if part == "feat" else p.without("s", "t")

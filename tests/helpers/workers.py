@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import relative
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -154,6 +155,19 @@ def distiller_gradients(rank: int, images: Tensor, returns: str) -> list[Tensor]
 
 
 STEPS = 3
+
+
+def assert_of_one_process(
+    ranks: list[dict[str, Any]], distiller: Distiller, losses: list[Tensor], grads: list[Tensor]
+) -> None:
+    """What ranks found is what one process did: the mean of their losses a step, the last gradients, the weights."""
+    for step, loss in enumerate(losses):
+        mean = sum(found["losses"][step] for found in ranks) / len(ranks)
+        assert relative(mean, loss) <= 1e-6
+    for found in ranks:
+        assert all(relative(mine, grad) <= 1e-5 for mine, grad in zip(found["grads"], grads, strict=True))
+        pairs = zip(found["weights"], distiller.parameters(), strict=True)
+        assert all(relative(mine, weight.detach()) <= 1e-5 for mine, weight in pairs)
 
 
 def replicated(rank: int, batches: list[Tensor]) -> dict[str, Any]:
