@@ -58,9 +58,10 @@ struct RowTraits<RowLoss::pkd> {
     for (int i = 0; i < NUMBERS; ++i) numbers[i] = 0;
     if (n < 2) return sums.at[0] * 0;  // NaN of a NaN
     const double d = sums.at[0] / n, e = sums.at[1] / n;
-    const double square_s = sums.at[2] - n * d * d, square_t = sums.at[3] - n * e * e;
-    const double product = sums.at[4] - n * d * e;
-    const double sigma = root(square_s / (n - 1)), rho = root(square_t / (n - 1));
+    const double square_s = positive(sums.at[2] - n * d * d), square_t = positive(sums.at[3] - n * e * e);
+    const double most = square_s == square_t ? square_s : ::sqrt(square_s) * ::sqrt(square_t);
+    const double product = within(sums.at[4] - n * d * e, most);
+    const double sigma = ::sqrt(square_s / (n - 1)), rho = ::sqrt(square_t / (n - 1));
     const double p = sigma + row.eps == 0 ? 0 : 1 / (sigma + row.eps), q = rho + row.eps == 0 ? 0 : 1 / (rho + row.eps);
     const double share = row.scale / (n * row.rows), pull = sigma == 0 ? 0 : p * q * product / ((n - 1) * sigma);
     const double a = share * p * (row.eps * p * p + pull), b = share * p * q;
@@ -69,9 +70,10 @@ struct RowTraits<RowLoss::pkd> {
     numbers[2] = static_cast<T>(a);
     numbers[3] = static_cast<T>(b);
     numbers[4] = static_cast<T>(b * (row.pivot_t - numbers[1] + e) - a * (row.pivot_s - numbers[0] + d));
-    // p^2 S + q^2 T - 2 p q X in differences, each 0 where student and teacher agree.
-    const double value = p * p * (square_s - product) + q * q * (square_t - product) + (p - q) * (p - q) * product;
-    return (value < 0 ? 0 : value) * (share / 2);
+    // p^2 S + q^2 T - 2 p q X without the terms that cancel where p and q are far apart; 0 where student and teacher
+    // agree. A quotient, as a product could be fused with the difference.
+    const double apart = (sigma == 0 ? 0 : sigma / (sigma + row.eps)) - (rho == 0 ? 0 : rho / (rho + row.eps));
+    return ((n - 1) * apart * apart + 2 * p * q * (most - product)) * (share / 2);
   }
 
   template <class V, class S>
@@ -84,7 +86,8 @@ struct RowTraits<RowLoss::pkd> {
   static FRS_INLINE double moved(double product, double d, double e, double count, double by_d, double by_e) {
     return product + (d * by_e + e * by_d) + count * by_d * by_e;
   }
-  static FRS_INLINE double root(double v) { return ::sqrt(v < 0 ? 0 : v); }
+  static FRS_INLINE double positive(double v) { return v < 0 ? 0 : v; }
+  static FRS_INLINE double within(double v, double most) { return v > most ? most : v < -most ? -most : v; }
 };
 
 template <>

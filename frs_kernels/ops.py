@@ -55,13 +55,19 @@ class Verbs(NamedTuple):
     moments_backward: Callable[..., list[Tensor]]
 
 
-def _check_tensors(*lists: Sequence[Tensor]) -> None:
-    """All are there, on one device: a call with one meta tensor comes to a fake implementation, however malformed."""
+def _check_tensors(*levels: Sequence[Tensor], others: Sequence[Tensor] = ()) -> None:
+    """All are there, on one device, and levels are (N, C, H, W): a call with one meta tensor comes here, however
+    malformed.
+    """
+    lists = (*levels, *([others] if others else []))
     if not all(lists) or any(t is None for tensors in lists for t in tensors):
         raise RuntimeError("a list of tensors is empty, or a tensor is None")
     devices = {t.device for tensors in lists for t in tensors}
     if len(devices) > 1:
         raise RuntimeError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; one device is needed")
+    for t in (t for tensors in levels for t in tensors):
+        if t.dim() != 4:
+            raise RuntimeError(f"a level is {tuple(t.shape)}; it must be (N, C, H, W)")
 
 
 def _score_fake(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,7 +95,7 @@ def _imitate_fake(
     want_loss: bool,
     joint: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _check_tensors(student, teacher, (scores, norm))
+    _check_tensors(student, teacher, others=(scores, norm))
     _, term, _, _ = entry_columns(len(student), len(loss), level, term, scale, eps)
     if len(term) != len(student) or not all(0 <= t < len(want_grad) for t in term):
         raise RuntimeError(
@@ -124,7 +130,7 @@ def _moments_fake(
 
 
 def _moments_backward_fake(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor, *_: Any) -> list[Tensor]:
-    _check_tensors(student, teacher, (rows,))
+    _check_tensors(student, teacher, others=(rows,))
     return [torch.empty_like(s) for s in student]
 
 

@@ -46,20 +46,26 @@ def pkd(s: Tensor, t: Tensor, scale: float, _: float, eps: float) -> tuple[Tenso
 
         value = m / 2 (p^2 S + q^2 T - 2 p q X)        a = m p (eps p^2 + p q X / ((n - 1) sigma))        b = m p q
 
-    Where a deviation and eps are both 0, p or q is 0; a row of one number is 0.
+    Where a deviation and eps are both 0, p or q is 0; a row of one number is 0. The value is formed as
+
+        m / 2 ((n - 1) (p sigma - q rho)^2 + 2 p q (sqrt(S T) - X))
+
+    in which nothing cancels where p and q are far apart, and both parts are 0 where student and teacher agree.
     """
     n, channels = s.numel() // s.shape[1], s.shape[1]
     if n < 2:
         return s.sum() * 0, s.new_zeros(channels, NUMBERS)
     means, sums = (torch.cat(parts, 1) for parts in zip(*(_sums(x, z) for x, z in _blocks(s, t)), strict=True))
     d_sum, e_sum, dd, ee, de = sums
-    square_s, square_t, product = dd - d_sum * d_sum / n, ee - e_sum * e_sum / n, de - d_sum * e_sum / n
-    sigma, rho = ((square.clamp_min(0) / (n - 1)).sqrt() for square in (square_s, square_t))
+    square_s, square_t = (dd - d_sum * d_sum / n).clamp_min(0), (ee - e_sum * e_sum / n).clamp_min(0)
+    most = torch.where(square_s == square_t, square_s, square_s.sqrt() * square_t.sqrt())
+    product = (de - d_sum * e_sum / n).clamp(-most, most)
+    sigma, rho = ((square / (n - 1)).sqrt() for square in (square_s, square_t))
     p, q = (torch.where(deviation + eps == 0, 0.0, 1 / (deviation + eps)) for deviation in (sigma, rho))
     share = scale / (n * channels)
-    # p^2 S + q^2 T - 2 p q X in differences, each 0 where student and teacher agree.
-    values = p * p * (square_s - product) + q * q * (square_t - product) + (p - q).square() * product
-    value = values.clamp_min(0).sum() * (share / 2)
+    length_s, length_t = (torch.where(v == 0, 0.0, v / (v + eps)) for v in (sigma, rho))
+    values = (n - 1) * (length_s - length_t).square() + 2 * p * q * (most - product)
+    value = values.sum() * (share / 2)
     pull = torch.where(sigma == 0, 0.0, p * q * product / ((n - 1) * sigma))
     a, b = share * p * (eps * p * p + pull), share * p * q
     c = b * (e_sum / n) - a * (d_sum / n)

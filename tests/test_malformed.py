@@ -196,6 +196,20 @@ def test_a_refusal_says_what_is_wrong(rng, verb, argument, value, words):
 
 
 @needs_cpu
+@pytest.mark.parametrize("verb", ["score", "imitate", "distill", "moments", "moments_backward"])
+def test_levels_that_are_not_4d_are_refused_on_the_meta_device_too(rng, verb):
+    """One meta tensor brings a call to the fake implementation, before any backend has looked at it."""
+    args = [torch.zeros(v.shape, device="meta") if isinstance(v, Tensor) else v for v in calls(rng)[verb]]
+    args = [[torch.zeros(14, device="meta") for _ in v] if _are_levels(v) else v for v in args]
+    with pytest.raises(RuntimeError, match=r"a level is \(14,\); it must be \(N, C, H, W\)"):
+        getattr(torch.ops.frs_kernels, verb)(*args)
+
+
+def _are_levels(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(t, Tensor) and t.dim() == 4 for t in value)
+
+
+@needs_cpu
 @pytest.mark.parametrize("verb", ["imitate", "distill"])
 def test_a_call_that_wants_nothing_is_refused(rng, verb):
     args = calls(rng)[verb]

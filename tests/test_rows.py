@@ -113,6 +113,17 @@ def test_the_magnitude_of_fp32(rng, backend, device, loss):
 
 
 @each_backend
+@pytest.mark.parametrize("spread", [1e-4, 1e-9])
+def test_pkd_of_a_channel_that_is_nearly_constant(rng, backend, device, spread):
+    """p^2 S - p q X and its like are 1e3 to 1e6 times the value there, which the published form never forms."""
+    for which in (0, 1):
+        both = levels(rng, ((2, 3, 4, 5),), torch.float64, device=device, mean=0.0)
+        with torch.no_grad():
+            both[which][0][:, 1] *= spread
+        assert_right(PKD, *both, backend)
+
+
+@each_backend
 def test_pkd_of_a_constant_channel(rng, backend, device):
     """As the published form: a gradient of the size of 1 / eps, finite; without eps the channel is 0."""
     s, t = levels(rng, ((2, 3, 4, 5),), device=device)

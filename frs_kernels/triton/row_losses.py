@@ -17,7 +17,7 @@ compiler could fuse in one way or another is spelt out.
 import triton
 import triton.language as tl
 
-from frs_kernels.triton.pointwise import COMPILED, rounded_product
+from frs_kernels.triton.pointwise import COMPILED
 
 # Numbers of a part and channel: two pivots, then the sums. cwd has three of those.
 STORED = tl.constexpr(7)
@@ -116,8 +116,8 @@ def cwd_sums(slots, apart, parts, tau, BLOCK_C: tl.constexpr, STRIDE: tl.constex
 
 
 @triton.jit
-def deviation_of(square, count):
-    return tl.sqrt(tl.where(square < 0, 0.0, square) / tl.maximum(count - 1, 1.0))
+def within(v, most):
+    return tl.where(v > most, most, tl.where(v < -most, -most, v))
 
 
 @triton.jit
@@ -131,17 +131,20 @@ def pkd_numbers(pivot_s, pivot_t, sums, count, share, eps, DTYPE: tl.constexpr):
     d_sum, e_sum, dd_sum, ee_sum, de_sum = sums
     d, e = d_sum / count, e_sum / count
     square_s, square_t = tl.fma(-d, d_sum, dd_sum), tl.fma(-e, e_sum, ee_sum)
-    product = tl.fma(-d, e_sum, de_sum)
-    sigma, rho = deviation_of(square_s, count), deviation_of(square_t, count)
+    square_s, square_t = tl.where(square_s < 0, 0.0, square_s), tl.where(square_t < 0, 0.0, square_t)
+    most = tl.where(square_s == square_t, square_s, tl.sqrt(square_s) * tl.sqrt(square_t))
+    product = within(tl.fma(-d, e_sum, de_sum), most)
+    others = tl.maximum(count - 1, 1.0)
+    sigma, rho = tl.sqrt(square_s / others), tl.sqrt(square_t / others)
     p, q = inverse_of(sigma, eps), inverse_of(rho, eps)
-    pull = tl.where(sigma == 0, 0.0, p * q * product / (tl.maximum(count - 1, 1.0) * sigma))
+    pull = tl.where(sigma == 0, 0.0, p * q * product / (others * sigma))
     a, b = share * p * (eps * p * p + pull), share * p * q
     s0, t0 = (pivot_s + d).to(DTYPE), (pivot_t + e).to(DTYPE)
     c = b * (pivot_t - t0.to(tl.float64) + e) - a * (pivot_s - s0.to(tl.float64) + d)
-    student = rounded_product(p, square_s) - rounded_product(q, product)
-    teacher = rounded_product(q, square_t) - rounded_product(p, product)
-    value = p * student + q * teacher
-    value = tl.where(value < 0, 0.0, value) * (share / 2)
+    # p^2 S + q^2 T - 2 p q X without the terms that cancel where p and q are far apart. Quotients, as products could
+    # be fused with their difference.
+    apart = tl.where(sigma == 0, 0.0, sigma / (sigma + eps)) - tl.where(rho == 0, 0.0, rho / (rho + eps))
+    value = (others * apart * apart + 2.0 * p * q * (most - product)) * (share / 2)
     if count < 2:
         a, b, c, s0, t0 = tl.zeros_like(a), tl.zeros_like(b), tl.zeros_like(c), tl.zeros_like(s0), tl.zeros_like(t0)
         value = d_sum * 0.0  # NaN of a NaN

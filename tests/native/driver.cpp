@@ -257,6 +257,8 @@ void rows_of_levels(int& i) {
       call.flat_level = 0;
       run("a flat channel", call);
       if (loss == RowLoss::pkd) call.eps = 0, run("a flat channel, no eps", call);
+      call.ripple = 1e-6;
+      if (loss == RowLoss::pkd) call.eps = 1e-6, run("a channel that is nearly flat", call);
       call.eps = 1e-6, call.nan_level = 1;
       run("NaN", call);
       call.nan_level = -1, call.flat_level = -1, call.levels[0].far = 300, call.levels[1].far = -1000;

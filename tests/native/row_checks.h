@@ -24,7 +24,8 @@ struct RowCall {
   double weight = 0.75, factor = 3, temperature = 1, eps = 1e-6;
   bool has_factor = true;
   DType factor_dtype = DType::f32;
-  int nan_level = -1, flat_level = -1;  // flat: one number all over the first channel
+  int nan_level = -1, flat_level = -1;  // flat: one number all over the first channel,
+  double ripple = 0;                    // or every second one this much above it
 };
 
 // Rounding errors of a sum of some tens of numbers in float, each after a few operations.
@@ -117,7 +118,7 @@ RowData make(const RowCall& call) {
     Tensor& g = d.grads.emplace_back(shape, spec.student, is_last(layout) && layout < LAYOUTS ? channels_last : layout);
     s.fill(spec.far - 0.5, 2 * spec.spread), t.fill(spec.far + 1, 1.5 * spec.spread);
     for (int64_t i = 0; l == call.flat_level && i < shape.n * shape.positions(); ++i)
-      s.set(i / shape.positions(), 0, i % shape.positions(), 0.5);
+      s.set(i / shape.positions(), 0, i % shape.positions(), (call.ripple ? 0 : 0.5) + i % 2 * call.ripple);
     if (l == call.nan_level) s.set(shape.n - 1, shape.c / 2, shape.positions() / 2, NAN), t.set(0, 0, 0, NAN);
     s.remember(), t.remember(), g.remember();
     d.levels.push_back({shape.n, shape.c, shape.h, shape.w, d.rows, is_last(layout), s.view, t.view, g.view});
