@@ -17,6 +17,7 @@ from frs_kernels.distill.pairing import (
     choose_levels,
     has_head_term,
     make_adapter,
+    make_localization,
     make_shares,
     options_of,
     ramp,
@@ -24,8 +25,7 @@ from frs_kernels.distill.pairing import (
 )
 from frs_kernels.distill.recipe import Recipe, both
 from frs_kernels.distill.tap import COMPILED, Source, Tap
-from frs_kernels.functional import richness_mask
-from frs_kernels.modules import FSRLoss, LocalizationDistillation
+from frs_kernels.modules import FSRLoss
 from frs_kernels.row_losses import ROW_LOSSES
 
 if TYPE_CHECKING:
@@ -150,9 +150,7 @@ class Distiller(Distilling, nn.Module):
         self.recipes = both(recipe, sources, of_teacher, student, teacher)
         self.localization = None
         if self.recipes[0].boxes is not None:
-            if taken := {"process_group", "return_terms"} & set(box_options or {}):
-                raise TypeError(f"box_options has {', '.join(sorted(taken))}, which the distiller sets itself")
-            self.localization = LocalizationDistillation(**(box_options or {}))
+            self.localization = make_localization(box_options)
         elif box_options is not None:
             raise ValueError("box_options without boxes: name the module that emits the boxes' distributions")
         self.mask = mask
@@ -368,15 +366,8 @@ class Distiller(Distilling, nn.Module):
         losses = {}
         if self.has_feats or self.has_logits:
             losses = self.imitate(feats, of_teacher, logits, z, mask=mask, ramp=ramp, process_group=group)
-            mask = mask or (self.terms and self.terms.mask)
-        if self.localization:
-            assert boxes is not None
-            assert of_boxes is not None
-            if not mask:
-                assert z is not None
-                mask = richness_mask(z, backend=self.criterion.options.backend)
-            self.localization.process_group = group
-            losses["loss_frs_box"] = ramp * self.localization(boxes, of_boxes, mask)
+        if boxes is not None and of_boxes is not None:
+            losses |= self.localize(boxes, of_boxes, z, mask=mask, ramp=ramp, process_group=group)
         return losses
 
     def __getstate__(self) -> dict[str, Any]:

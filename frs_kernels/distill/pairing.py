@@ -15,8 +15,8 @@ from frs_kernels import checks
 from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.teacher import fast_dtype, fast_teacher
-from frs_kernels.functional import fsr_loss
-from frs_kernels.modules import FeatureAdapter, FSRLoss
+from frs_kernels.functional import fsr_loss, richness_mask
+from frs_kernels.modules import FeatureAdapter, FSRLoss, LocalizationDistillation
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms
 
@@ -90,6 +90,13 @@ def make_adapter(student: Levels, teacher: Levels, kernel_size: int | None) -> F
     return None
 
 
+def make_localization(options: Mapping[str, Any] | None) -> LocalizationDistillation:
+    """Raises TypeError for an unknown option, and for one that the distiller sets."""
+    if taken := {"process_group", "return_terms"} & set(options or {}):
+        raise TypeError(f"box_options has {', '.join(sorted(taken))}, which the distiller sets itself")
+    return LocalizationDistillation(**(options or {}))
+
+
 def check_finite(feats: Levels, logits: Levels, boxes: Levels) -> None:
     """Raise ValueError where the teacher's first images show that its dtype is too narrow."""
     for name, levels in (("feats", feats), ("logits", logits), ("boxes", boxes)):
@@ -137,6 +144,8 @@ class Distilling:
     student: Any
     teacher: Any
     criterion: FSRLoss
+    localization: LocalizationDistillation | None
+    """Of box distributions; None where they are not distilled."""
     adapter: FeatureAdapter | None
     shares: nn.ModuleDict
     levels: list[int]
@@ -232,6 +241,29 @@ class Distilling:
                 "student trains without them; add them to the loss, sum(losses.values()), or take distiller.loss()"
             )
         return losses
+
+    def localize(
+        self,
+        student: Levels,
+        teacher: Levels,
+        logits: Levels | None,
+        *,
+        mask: Levels | None,
+        ramp: float,
+        process_group: Any = None,
+    ) -> dict[str, Tensor]:
+        """ramp * `localization_distillation` as "loss_frs_box", after `imitate`, if that was called.
+
+        Without `mask` under that of the other terms, and where they have none, under the richness of the teacher's
+        logits.
+        """
+        assert self.localization is not None
+        under: Any = mask or (self.terms and self.terms.mask)
+        if not under:
+            assert logits is not None
+            under = richness_mask(logits, backend=self.criterion.options.backend)
+        self.localization.process_group = process_group
+        return {"loss_frs_box": ramp * self.localization(student, teacher, under)}
 
     def _warn(self, message: str) -> None:
         """Once."""

@@ -13,6 +13,7 @@ One training step, over the levels l of the neck that feed the dense head (the R
 
     loss_frs_feat = ramp * feat_weight * sum_l w_l / M_l sum_p S_p sum_c (adapter(s)_pc - t_pc)^2
     loss_frs_cls  = ramp * cls_weight  * sum_l w_l / M_l sum_p S_p sum_k BCE(x_pk, sigmoid(z_pk))
+    loss_frs_box  = ramp * `localization_distillation`, with box_options
     frs_mass_l    = M_l,      ramp = min(iteration / warmup, 1)
 
 with s, x the neck's and head's outputs that the student's own losses are made of, and S from `mask`.
@@ -38,6 +39,7 @@ from frs_kernels.distill.pairing import (
     choose_levels,
     has_head_term,
     make_adapter,
+    make_localization,
     make_shares,
     options_of,
     ramp,
@@ -48,6 +50,7 @@ from frs_kernels.integrations import mmdet_hooks as mmdet_hooks  # registers the
 from frs_kernels.integrations.mmdet_pair import (
     PROBE_SIDE,
     Emitted,
+    check_boxes,
     check_normalisation,
     check_pair,
     dense_head,
@@ -81,6 +84,8 @@ class FRSDistiller(Distilling, BaseDetector):
         loss: further keywords of `frs_kernels.FSRLoss` that override the preset's, say dict(feat_weight=0.01,
             cls_loss="kl", level_weights=[...]).
         terms: "both", "features" or "head": the paper's ablation.
+        box_options: adds `localization_distillation` (LD, CVPR 2022) under the same mask, for heads of GFL's kind: a
+            dict of its options, dict(weight=0.25), or dict() for its defaults.
         mask: where to imitate: "richness", S_p = max_k sigmoid(z_pk); "threshold", the richness where it is above
             `threshold` and 0 elsewhere; "ones", everywhere alike; "boxes", 1 where a cell meets a ground-truth box.
         threshold: for mask="threshold", a number in [0, 1).
@@ -121,6 +126,7 @@ class FRSDistiller(Distilling, BaseDetector):
         *,
         loss: dict[str, Any] | None = None,
         terms: str = "both",
+        box_options: dict[str, Any] | None = None,
         mask: str = "richness",
         threshold: float | None = None,
         centerness: bool = False,
@@ -146,6 +152,7 @@ class FRSDistiller(Distilling, BaseDetector):
         if centerness and mask in ("ones", "boxes"):
             raise ValueError(f"centerness=True multiplies the richness, which mask={mask!r} does not use")
         criterion = FSRLoss(**_options(preset, loss))  # refuses an unknown option
+        localization = None if box_options is None else make_localization(box_options)
 
         student_cfg, teacher_cfg = model_config("student", student), model_config("teacher", teacher)
         if isinstance(data_preprocessor, dict):
@@ -155,6 +162,7 @@ class FRSDistiller(Distilling, BaseDetector):
         super().__init__(built.data_preprocessor, init_cfg)
         self.student = built
         self.criterion = criterion
+        self.localization = localization
         self.has_feats, self.has_logits = terms != "head", terms != "features" and has_head_term(criterion)
         self.mask = mask
         self.threshold = threshold
@@ -168,30 +176,34 @@ class FRSDistiller(Distilling, BaseDetector):
         s, t = probe("student", self.student), probe("teacher", self.teacher)
         self.levels = choose_levels(levels, s.logits, t.logits, PROBE_SIDE)
         self._run = run
-        if not centerness and has_class_branch(frozen, t, empty_image()):
+        if not centerness and localization is None and has_class_branch(frozen, t, empty_image()):
             self._run = run_class_branch
         self.quicken(lambda model: self._run(model, empty_image()), [], fast_teacher)
         s, t = self._pick(s), self._pick(t)
         checks.check_level_weights(criterion.options.level_weights, len(self.levels))
         self.strides = strides(t.logits, PROBE_SIDE)
         check_pair(self.student, frozen, s, t, self.levels, self.has_logits, centerness)
+        if localization is not None:
+            check_boxes(self.student, frozen, s, t)
+            checks.check_sides(localization.options["sides"], "boxes", s.boxes)
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
         self.shares = make_shares(gradient_share, criterion, self.has_feats, self.has_logits)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
-        """The student's own losses with loss_frs_feat, loss_frs_cls and frs_mass_<level>."""
+        """The student's own losses with loss_frs_feat, loss_frs_cls, loss_frs_box and frs_mass_<level>."""
         # The teacher first: what it needs on the way is freed before the student's graph is there.
         self.images_are_there()
         t = self.beside.run(self.observe_teacher, batch_inputs)
-        with Tap(self.student, **sources(self.student), through=self.through(self._group())) as tap:
+        of_student = sources(self.student, self.localization is not None)
+        with Tap(self.student, **of_student, through=self.through(self._group())) as tap:
             losses: dict[str, Any] = self.student.loss(batch_inputs, batch_data_samples)
-        if tap.counts != [1, 1]:
+        if set(tap.counts) != {1}:
             head = type(dense_head(self.student)).__name__
             raise RuntimeError(f"the student's loss called its {head} {tap.counts[0]} times; it must be called once")
-        s = self._pick(Emitted(tap.feats, tap.logits, ()))
+        s = self._pick(Emitted(tap.feats, tap.logits, (), tap.boxes if self.localization is not None else ()))
         self.beside.join(t)
         if self.image_scale != 1:
-            t = Emitted(resized(t.feats, s.feats), resized(t.logits, s.logits), t.outputs)
+            t = Emitted(resized(t.feats, s.feats), resized(t.logits, s.logits), t.outputs, resized(t.boxes, s.boxes))
         losses |= self.distil(s, t, batch_data_samples)
         assert self.terms is not None
         if self.terms.mask:
@@ -200,10 +212,10 @@ class FRSDistiller(Distilling, BaseDetector):
 
     def distil(self, s: Emitted, t: Emitted, samples: list[Any]) -> dict[str, Tensor]:
         """The losses of what student and teacher emitted at the levels that are distilled."""
-        mask = self._mask(t, samples)
-        losses = self.imitate(
-            s.feats, t.feats, s.logits, t.logits, mask=mask, ramp=self.ramp(), process_group=self._group()
-        )
+        how: dict[str, Any] = {"mask": self._mask(t, samples), "ramp": self.ramp(), "process_group": self._group()}
+        losses = self.imitate(s.feats, t.feats, s.logits, t.logits, **how)
+        if self.localization is not None:
+            losses |= self.localize(s.boxes, t.boxes, t.logits, **how)
         return losses | self.logged()
 
     def _group(self) -> Any:
@@ -220,7 +232,7 @@ class FRSDistiller(Distilling, BaseDetector):
         """What the teacher emits for preprocessed images (N, 3, H, W), at the levels that are distilled."""
         self.settle()
         t = self._pick(self._run(self.teacher, self._prepared(batch_inputs)))
-        self.check_first(t.feats, t.logits)
+        self.check_first(t.feats, t.logits, t.boxes)
         return t
 
     def richness(self, batch_inputs: Tensor) -> Richness:
@@ -245,8 +257,10 @@ class FRSDistiller(Distilling, BaseDetector):
         return scores if self.threshold is None else masks.threshold(scores, self.threshold)
 
     def _pick(self, emitted: Emitted) -> Emitted:
-        feats, logits, outputs = emitted
-        return Emitted([feats[i] for i in self.levels], [logits[i] for i in self.levels], outputs)
+        """The levels that are distilled; boxes only where they are."""
+        feats, logits, outputs, boxes = emitted
+        boxes = [boxes[i] for i in self.levels] if self.localization is not None else ()
+        return Emitted([feats[i] for i in self.levels], [logits[i] for i in self.levels], outputs, boxes)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith((f"{prefix}student.", f"{prefix}adapter.")) for key in state_dict):

@@ -43,6 +43,7 @@ class Emitted(NamedTuple):
     feats: list[Tensor]  # (N, C, H, W), from the neck
     logits: list[Tensor]  # (N, K, H, W), class logits
     outputs: tuple[Any, ...]  # all that the head returned, the logits first
+    boxes: Sequence[Tensor] = ()  # (N, 4 * bins, H, W) of a head of GFL's kind: distributions of a box's sides
 
 
 def dense_head(detector: BaseDetector) -> Any:
@@ -51,20 +52,25 @@ def dense_head(detector: BaseDetector) -> Any:
     return getattr(detector, "bbox_head", None) if head is None else head
 
 
-def sources(detector: BaseDetector) -> dict[str, Any]:
-    """For `Tap`: what the dense head is given, and the class logits that it returns."""
+def sources(detector: BaseDetector, boxes: bool = False) -> dict[str, Any]:
+    """For `Tap`: what the dense head is given, and the class logits that it returns, and its boxes."""
     name = "bbox_head" if getattr(detector, "rpn_head", None) is None else "rpn_head"
-    return {"feats": Input(name, _first), "logits": Output(name, _first)}
+    found: dict[str, Any] = {"feats": Input(name, _first), "logits": Output(name, _first)}
+    return {**found, "boxes": Output(name, _second)} if boxes else found
 
 
 def _first(found: Sequence[Any]) -> Any:
     return found[0]
 
 
+def _second(found: Sequence[Any]) -> Any:
+    return found[1]
+
+
 def run(detector: BaseDetector, images: Tensor) -> Emitted:
     feats = detector.extract_feat(images)
     outputs = dense_head(detector)(feats)
-    return Emitted(list(feats), list(outputs[0]), outputs)
+    return Emitted(list(feats), list(outputs[0]), outputs, outputs[1] if len(outputs) > 1 else ())
 
 
 CLASS_CONVS = {RetinaHead: "retina_cls", GFLHead: "gfl_cls", FCOSHead: "conv_cls", ATSSHead: "atss_cls"}
@@ -254,6 +260,22 @@ def check_pair(
     if centerness and not emits:
         kind = type(dense_head(teacher)).__name__
         raise ValueError(f"centerness=True, but the teacher's {kind} emits none")
+
+
+def check_boxes(student: BaseDetector, teacher: BaseDetector, s: Emitted, t: Emitted) -> None:
+    """Both heads emit distributions of a box's sides, with the same bins."""
+    for name, detector in (("student", student), ("teacher", teacher)):
+        head = dense_head(detector)
+        if not isinstance(head, GFLHead):
+            raise ValueError(
+                f"box_options, but the {name}'s {type(head).__name__} emits no distributions of a box's sides, as "
+                "GFLHead does; leave box_options out"
+            )
+    ins, outs = ([b.shape[1] for b in emitted.boxes] for emitted in (s, t))
+    if ins != outs:
+        raise ValueError(
+            f"student has {ins} channels of boxes a level, teacher {outs}: both heads must have the same reg_max"
+        )
 
 
 def _anchors(detector: BaseDetector, levels: list[int]) -> list[Any] | None:

@@ -173,6 +173,22 @@ def test_as_many_anchors_of_another_size(teacher_file, name, scale):
     assert distiller(name, file, teacher=teacher_of(name, **other), terms="features")
 
 
+@pytest.mark.parametrize(
+    ("name", "teacher", "options", "error", "words"),
+    [
+        ("fcos", {}, {}, ValueError, "box_options, but the student's FCOSHead emits no distributions"),
+        ("gfl", {"bbox_head__reg_max": 7}, {}, ValueError, "student has [68, 68, 68, 68, 68] channels of boxes"),
+        ("gfl", {}, {"sides": 3}, ValueError, "must have sides * bins channels"),
+        ("gfl", {}, {"temprature": 3.0}, TypeError, "temprature"),
+        ("gfl", {}, {"process_group": None}, TypeError, "box_options has process_group"),
+    ],
+)
+def test_boxes_that_do_not_fit(teacher_file, name, teacher, options, error, words):
+    other = teacher_of(name, **teacher)
+    with refused(error, words):
+        distiller(name, teacher_file(name, **teacher), teacher=other, box_options=options)
+
+
 def test_other_strides(teacher_file):
     """The same number of levels, one octave finer."""
     other = {"neck__start_level": 0, "bbox_head__anchor_generator__strides": [4, 8, 16, 32, 64]}

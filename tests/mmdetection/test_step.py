@@ -10,7 +10,7 @@ import torch
 from detectors import FRS, NAMES, batch, by_formula, distiller, gradients, recorded, student_of, teacher_of
 from mmengine.logging import MessageHub
 
-from frs_kernels import PRESETS
+from frs_kernels import PRESETS, localization_distillation, richness_mask
 from frs_kernels.distill import masks
 from frs_kernels.integrations.mmdet_pair import dense_head
 
@@ -187,6 +187,34 @@ def test_levels_that_are_left_out_add_nothing(rng, teacher_file):
     assert abs(losses["loss_frs_feat"] - feat) <= 1e-6 * feat
     assert abs(losses["loss_frs_cls"] - cls) <= 1e-6 * cls
     assert {key for key in losses if key.startswith("frs_mass")} == {"frs_mass_0", "frs_mass_2"}
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "boxes"}, {"preset": "pkd"}, {"terms": "features", "levels": [2, 0]}])
+def test_distributions_of_boxes_under_the_mask_of_the_others(rng, teacher_file, options):
+    how = {"weight": 0.25, "temperature": 3.0}
+    model = distiller("gfl", teacher_file("gfl"), **{"box_options": how, **options})
+    inputs, samples = batch(rng)
+    losses, s, t = recorded(model, inputs, samples)
+    mask = masks.boxes([v.gt_instances.bboxes for v in samples], t.logits, model.strides)
+    right = localization_distillation(s.boxes, t.boxes, mask if "mask" in options else richness_mask(t.logits), **how)
+    assert [b.shape[1] for b in s.boxes] == [4 * (model.bbox_head.reg_max + 1)] * len(model.levels)
+    assert right > 0
+    torch.testing.assert_close(losses["loss_frs_box"], right)
+    reached = model.bbox_head.gfl_reg.weight
+    (got,) = torch.autograd.grad(losses["loss_frs_box"], reached, retain_graph=True)
+    (want,) = torch.autograd.grad(right, reached)
+    torch.testing.assert_close(got, want)
+    assert model.parse_losses(losses)[0] > losses["loss_frs_box"]
+    without = distiller("gfl", teacher_file("gfl"), **options).loss(inputs, samples)
+    assert set(losses) == {*without, "loss_frs_box"}
+    assert all(torch.equal(losses[key], without[key]) for key in FRS if key in without)
+
+
+def test_boxes_of_a_smaller_teachers_image_have_the_students_sizes(rng, teacher_file):
+    model = distiller("gfl", teacher_file("gfl"), box_options={}, fast_teacher={"image_scale": 0.5})
+    losses, s, t = recorded(model, *batch(rng))
+    assert [b.shape for b in s.boxes] == [b.shape for b in t.boxes]
+    assert losses["loss_frs_box"].isfinite()
 
 
 def test_a_gradient_share_is_held(rng, teacher_file):
