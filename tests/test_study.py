@@ -59,6 +59,12 @@ def results_in(out: Path) -> dict[str, Any]:
     return found
 
 
+def test_results_name_no_folder_of_this_machine(ran: tuple[Path, list[pool.Job]]) -> None:
+    out, _ = ran
+    assert results_in(out)["settings"]["out"] == "digits"
+    assert str(out.parent) not in (out / "losses-digits.json").read_text()
+
+
 def test_every_way_is_compared_with_equal_effort(ran: tuple[Path, list[pool.Job]]) -> None:
     out, jobs = ran
     arms, settings = results_in(out)["arms"], results_in(out)["settings"]

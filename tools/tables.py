@@ -312,7 +312,7 @@ BLOCKS = {
     "digits": (digits, (EXAMPLES / "digits" / "README.md",)),
     "digits-short": (digits_short, (ROOT / "README.md",)),
     "studies": (studies, (ROOT / "docs" / "math.md",)),
-    "which-loss": (which_loss, (EXAMPLES / "digits" / "README.md",)),
+    "which-loss": (which_loss, (ROOT / "docs" / "which-loss.md",)),
     "mmdet": (mmdet, (EXAMPLES / "mmdet" / "README.md",)),
     "ladder": (ladder, (ROOT / "docs" / "step-cost.md",)),
     "teachers": (teachers, (ROOT / "docs" / "step-cost.md",)),

@@ -71,7 +71,7 @@ def describe(options: argparse.Namespace, splits: tuple[Split, Split], sides: tu
     train, val = splits
     return {
         "data": {
-            "folder": str(options.data or "digits"),
+            "folder": _shown(options.data or "digits"),
             "pictures": {"train": len(train), "val": len(val)},
             "objects": {
                 "train": int((train.labels >= 0).sum()),
@@ -80,11 +80,19 @@ def describe(options: argparse.Namespace, splits: tuple[Split, Split], sides: tu
             "categories": train.names,
             "small_medium_large_sides": list(sides),
         },
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "settings": {name: _shown(value) for name, value in vars(options).items()},
         "machine": _machine(options.device),
         "versions": {"python": platform.python_version(), **_versions()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _shown(value: Any) -> Any:
+    """Of a path that which says something elsewhere: where it lies below the working directory, or its name."""
+    if not isinstance(value, Path):
+        return value
+    path, here = value.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 def gain(arm: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
