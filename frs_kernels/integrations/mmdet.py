@@ -184,8 +184,7 @@ class FRSDistiller(Distilling, BaseDetector):
         self.strides = strides(t.logits, PROBE_SIDE)
         check_pair(self.student, frozen, s, t, self.levels, self.has_logits, centerness)
         if localization is not None:
-            check_boxes(self.student, frozen, s, t)
-            checks.check_sides(localization.options["sides"], "boxes", s.boxes)
+            check_boxes(self.student, frozen, s, t, localization.options["sides"])
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
         self.shares = make_shares(gradient_share, criterion, self.has_feats, self.has_logits)
 

@@ -262,7 +262,7 @@ def check_pair(
         raise ValueError(f"centerness=True, but the teacher's {kind} emits none")
 
 
-def check_boxes(student: BaseDetector, teacher: BaseDetector, s: Emitted, t: Emitted) -> None:
+def check_boxes(student: BaseDetector, teacher: BaseDetector, s: Emitted, t: Emitted, sides: int) -> None:
     """Both heads emit distributions of a box's sides, with the same bins."""
     for name, detector in (("student", student), ("teacher", teacher)):
         head = dense_head(detector)
@@ -271,6 +271,8 @@ def check_boxes(student: BaseDetector, teacher: BaseDetector, s: Emitted, t: Emi
                 f"box_options, but the {name}'s {type(head).__name__} emits no distributions of a box's sides, as "
                 "GFLHead does; leave box_options out"
             )
+    if sides != 4:
+        raise ValueError(f"box_options has sides={sides}, but a box of GFLHead's has 4; leave it out")
     ins, outs = ([b.shape[1] for b in emitted.boxes] for emitted in (s, t))
     if ins != outs:
         raise ValueError(
