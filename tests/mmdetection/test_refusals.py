@@ -177,7 +177,13 @@ def test_as_many_anchors_of_another_size(teacher_file, name, scale):
     ("name", "teacher", "options", "error", "words"),
     [
         ("fcos", {}, {}, ValueError, "box_options, but the student's FCOSHead emits no distributions"),
-        ("gfl", {"bbox_head__reg_max": 7}, {}, ValueError, "student has [36, 36, 36, 36, 36] channels of boxes a level, teacher [32, 32"),
+        (
+            "gfl",
+            {"bbox_head__reg_max": 7},
+            {},
+            ValueError,
+            "student has [36, 36, 36, 36, 36] channels of boxes a level, teacher [32, 32",
+        ),
         ("gfl", {}, {"sides": 3}, ValueError, "box_options has sides=3"),
         ("gfl", {}, {"temprature": 3.0}, TypeError, "temprature"),
         ("gfl", {}, {"process_group": None}, TypeError, "box_options has process_group"),
