@@ -106,6 +106,11 @@ def in_dtype(loss: Loss, s: Levels, t: Levels, dtype: torch.dtype) -> tuple[Tens
     return value.detach(), gradients(value, wide)
 
 
+def value_bound(loss: Loss, right: Tensor, near: Tensor, levels: int, rounding: float) -> float:
+    """How far from `right` in fp64 a value may be whose published form in the same dtype is `near`."""
+    return 2 * abs(near - right).item() + 2 * rounding * (abs(right.item()) + loss.unit * levels / 8)
+
+
 def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, roundings: int = 8) -> None:
     """Within twice the error of the published form in the same dtype (fp32 for 16 bits), and a few roundings."""
     working = accumulate_dtype(*s, *t)
@@ -117,8 +122,7 @@ def assert_right(loss: Loss, s: Levels, t: Levels, backend: str, roundings: int 
     got = loss.ours(s, t, backend=backend)
     assert got.dtype == working
     assert got.shape == ()
-    bound = 2 * abs(near - right).item() + 2 * roundings * eps * (abs(right.item()) + loss.unit * len(s) / 8)
-    assert abs(got.item() - right.item()) <= bound
+    assert abs(got.item() - right.item()) <= value_bound(loss, right, near, len(s), roundings * eps)
     for mine, x, r, e in zip(gradients(got, s), s, grads, near_grads, strict=True):
         assert mine.dtype == x.dtype
         assert mine.stride() == torch.empty_like(x).stride()
