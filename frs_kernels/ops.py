@@ -59,8 +59,8 @@ def _check_tensors(*levels: Sequence[Tensor], others: Sequence[Tensor] = ()) -> 
     """All are there, on one device, and levels are (N, C, H, W): a call with one meta tensor comes here, however
     malformed.
     """
-    lists = (*levels, *([others] if others else []))
-    if not all(lists) or any(t is None for tensors in lists for t in tensors):
+    lists = (*levels, others)
+    if not all(levels) or any(t is None for tensors in lists for t in tensors):
         raise RuntimeError("a list of tensors is empty, or a tensor is None")
     devices = {t.device for tensors in lists for t in tensors}
     if len(devices) > 1:

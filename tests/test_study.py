@@ -239,7 +239,7 @@ def test_the_sentence_about_ones_says_what_came_out(ones: float, words: str) -> 
 def test_the_sentence_about_ones_may_differ_between_schedules() -> None:
     arms = fake(33.0)
     arms["frs-ones"]["long"] = fake(37.0)["frs-ones"]["long"]
-    said = loss_tables.mask_of_ones(arms["frs"], arms["frs-ones"])
+    said = loss_tables.duel(arms["frs"], arms["frs-ones"], "The richness mask", "a mask of ones")
     assert "beats a mask of ones on the short schedule" in said
     assert "and loses to it on the long schedule" in said
 

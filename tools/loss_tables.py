@@ -14,6 +14,13 @@ PLANS = {"short": "student_iterations", "long": "long_iterations"}
 STUDENT_T = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8, 6: 2.6, 7: 2.4, 8: 2.4, 9: 2.3, 10: 2.3}
 """Standard errors, by the number of seeds, beyond which a mean difference is told from 0 with 95 % confidence."""
 
+DUELS = (
+    ("frs-ones", "The richness mask", "a mask of ones"),
+    ("frs-boxes", "The richness mask", "the boxes as mask"),
+    ("frs-mass", '"total_mass"', 'the paper\'s "mass"'),
+)
+"""What is told of FRS beside other ways of it."""
+
 
 def which_loss() -> list[str]:
     found = {path.stem.removeprefix("losses-"): path for path in sorted(STUDIES.glob("losses-*.json"))}
@@ -60,24 +67,25 @@ def meant(arms: dict[str, Any]) -> Iterator[str]:
         taught = [arm for name, arm in arms.items() if name != "alone"]
         if useless := [arm for arm in taught if told(differences(arm, arms["alone"], plan)) < 1]:
             yield f"Not shown to be better than alone: {listed(useless)}."
-    if {"frs", "frs-ones"} <= arms.keys():
-        yield mask_of_ones(arms["frs"], arms["frs-ones"])
+    for other, ours, theirs in DUELS:
+        if {"frs", other} <= arms.keys():
+            yield duel(arms["frs"], arms[other], ours, theirs)
     for which, end in (("smallest", min), ("largest", max)):
         tuned = [arm for arm in arms.values() if "scale" in arm]
         if tuned and (at_end := [a for a in tuned if a["scale"] == end(a["scale"] for a in tuned) != 1]):
             yield f"The {which} of the three weights was the best for {listed(at_end)}: beyond it may be better ones."
 
 
-def mask_of_ones(richness: dict[str, Any], ones: dict[str, Any]) -> str:
-    """Whether the richness as mask earns anything."""
+def duel(arm: dict[str, Any], other: dict[str, Any], ours: str, theirs: str) -> str:
+    """Whether what FRS has earns anything against an alternative."""
     parts = []
-    for plan, other in zip(PLANS, ("a mask of ones", "it"), strict=True):
-        values = differences(richness, ones, plan)
+    for plan, name in zip(PLANS, (theirs, "it"), strict=True):
+        values = differences(arm, other, plan)
         verdict = {1: "beats", 0: "does not beat", -1: "loses to"}[told(values)]
         spread = statistics.stdev(values) if len(values) > 1 else None
         shown = number(statistics.fmean(values), spread, "+.1f")
-        parts.append(f"{verdict} {other} on the {plan} schedule ({shown} AP, seed by seed)")
-    return f"The richness mask {', and '.join(parts)}."
+        parts.append(f"{verdict} {name} on the {plan} schedule ({shown} AP, seed by seed)")
+    return f"{ours} {', and '.join(parts)}."
 
 
 def differences(arm: dict[str, Any], other: dict[str, Any], plan: str) -> list[float]:
