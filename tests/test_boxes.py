@@ -19,13 +19,16 @@ BINS = 5
 
 
 class Boxed(Detector):
-    """With a distribution for each side of a box, a list of levels or packed as rows."""
+    """With a distribution for each side of a box, a list of levels or packed; `learns`: its own loss is of them too."""
 
-    def __init__(self, channels: int = 6, bins: int = BINS, packed: bool = False, **options: Any) -> None:
+    def __init__(
+        self, channels: int = 6, bins: int = BINS, packed: bool = False, learns: bool = False, **options: Any
+    ) -> None:
         super().__init__(channels, **options)
         self.head.box = nn.Conv2d(channels, 4 * bins, 1)
         self.boxes = nn.Identity()
         self.packed = packed
+        self.learns = learns
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         feats = self.neck(images)
@@ -33,6 +36,8 @@ class Boxed(Detector):
         boxes = torch.cat([b.flatten(2) for b in boxes], 2) if self.packed else boxes
         self.boxes(boxes)
         own = sum(z.square().mean() for z in logits)
+        if self.learns:
+            own = own + (boxes if self.packed else torch.cat([b.flatten(2) for b in boxes], 2)).square().mean()
         return {"loss_cls": own} if self.training and self.returns == "losses" else own
 
 
@@ -102,6 +107,25 @@ def test_levels_warm_up_and_a_teacher_that_names_its_modules():
         assert losses["loss_frs_box"].item() == pytest.approx(right.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("packed", "alone"), [(False, False), (True, False), (False, True)])
+def test_its_gradient_is_held_at_a_share(packed, alone):
+    options = {"feats": None, "logits": None, "mask": "ones"} if alone else {}
+    shares = 0.3 if alone else (0.2, 0.2, 0.3)
+    box_options = {"weight": 0.25, "normalizer": "total_mass"}
+    d = made(*pair(packed=packed, learns=True), gradient_share=shares, box_options=box_options, warmup=4, **options)
+    assert set(d.shares) == ({"box"} if alone else {"feat", "cls", "box"})
+    assert d.shares["box"].weight == 0.25
+    for _ in range(60):
+        sum(d(images()).values()).backward()
+    losses = d(images())
+    share = d.shares["box"]
+    assert torch.allclose(share.term.norm() / share.own.norm(), torch.tensor(0.3), rtol=0.01)
+    mine, theirs, z = emitted(d, images())
+    right = localization_distillation(mine, theirs, None if alone else richness_mask(z), normalizer="total_mass")
+    assert relative(losses["loss_frs_box"].detach(), (share.weight * right).detach()) <= 1e-5
+    assert d.logged()["frs_weight_box"] == share.weight
+
+
 def test_a_recipe_names_boxes_and_the_sum_is_handed_out():
     recipe = Recipe("neck", "head.cls", boxes="boxes")
     d = made(*pair(returns="sum"), feats=None, logits=None, boxes=None, recipe=recipe)
@@ -143,6 +167,8 @@ def test_a_teacher_in_half_the_bits_whose_boxes_overflow_is_refused():
         ({}, {"box_options": {"weight": -1.0}}, ValueError, "weight must be zero or more"),
         ({}, {"boxes": "head.boxes"}, ValueError, "boxes: Boxed has no module 'head.boxes'"),
         ({}, {"boxes": "neck", "of_teacher": {"boxen": "neck"}}, ValueError, "takes 'feats', 'logits', 'boxes'"),
+        ({}, {"gradient_share": (1.0, 1.0)}, ValueError, "the features', the logits' and the boxes'"),
+        ({}, {"gradient_share": 1.0, "box_options": {"weight": torch.ones(())}}, ValueError, "sets the weights"),
         ({}, {"logits": None}, ValueError, "the richness is made of the teacher's class logits"),
     ],
 )

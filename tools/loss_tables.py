@@ -36,23 +36,30 @@ def compared(name: str, results: dict[str, Any]) -> Iterator[str]:
     yield from markdown(("", "weights", *titles), map(row, arms.values()))
     yield ""
     yield (
-        f"COCO AP on {data['pictures']['val']} pictures, mean ± standard deviation over {len(settings['seeds'])} "
-        "seeds; gain over the student alone, seed by seed. Weights: the best of three multiples of those at which each "
-        "term's gradient equals the rest's, by the mean AP on the same pictures after the short schedule with "
-        f"{len(settings['tuning_seeds'])} other seeds. Two are told apart, and one beats another, where 95 % "
+        f"COCO AP on {data['pictures']['val']} pictures; ± is the standard deviation over {len(settings['seeds'])} "
+        "seeds. Gain: over the student alone, seed by seed. Weights: those used, and in brackets which multiple they "
+        "are of the weights at which each term's gradient equals the rest's; the best of three by the mean AP on the "
+        f"same pictures after the short schedule with {len(settings['tuning_seeds'])} other seeds. Two are told apart, "
+        "and one beats another, where 95 % "
         f"confidence (Student's t) says so of their difference, seed by seed. {processor(results['machine'])}."
     )
     yield ""
-    yield " ".join(meant(arms))
+    yield from (f"- {line}" for line in meant(arms))
     yield ""
 
 
 def row(arm: dict[str, Any]) -> list[str]:
-    cells = [arm["label"], f"× {arm['scale']:.2g}" if "scale" in arm else ""]
+    cells = [arm["label"], weights(arm) if "scale" in arm else ""]
     for plan in PLANS:
         mean, spread, gain = arm[plan]["mean"]["AP"], arm[plan]["spread"]["AP"], arm[plan].get("gain")
         cells += [number(mean, spread), number(gain["mean"], gain["spread"], "+.1f") if gain else ""]
     return cells
+
+
+def weights(arm: dict[str, Any]) -> str:
+    used = {name: arm["how"][f"{name}_weight"] for name in ("feat", "cls", "box")}
+    shown = [f"{name} {weight:{'.0f' if weight > 10 else '.2g'}}" for name, weight in used.items() if weight]
+    return f"{', '.join(shown)} (× {arm['scale']:.2g})"
 
 
 def meant(arms: dict[str, Any]) -> Iterator[str]:
@@ -60,13 +67,14 @@ def meant(arms: dict[str, Any]) -> Iterator[str]:
     for plan in PLANS:
         best = max(arms, key=lambda name: arms[name][plan]["mean"]["AP"])
         gain = arms[best][plan].get("gain", {"mean": 0.0})["mean"]
-        yield f"On the {plan} schedule the best is {arms[best]['label']}, {gain:+.1f} AP over the student alone."
+        said = [f"On the {plan} schedule the best is {arms[best]['label']}, {gain:+.1f} AP over the student alone."]
         near = [arm for name, arm in arms.items() if name != best and not told(differences(arms[best], arm, plan))]
         if near:
-            yield f"Not told apart from it: {listed(near)}."
+            said.append(f"Not told apart from it: {listed(near)}.")
         taught = [arm for name, arm in arms.items() if name != "alone"]
         if useless := [arm for arm in taught if told(differences(arm, arms["alone"], plan)) < 1]:
-            yield f"Not shown to be better than alone: {listed(useless)}."
+            said.append(f"Not shown to be better than alone: {listed(useless)}.")
+        yield " ".join(said)
     for other, ours, theirs in DUELS:
         if {"frs", other} <= arms.keys():
             yield duel(arms["frs"], arms[other], ours, theirs)
@@ -81,7 +89,7 @@ def duel(arm: dict[str, Any], other: dict[str, Any], ours: str, theirs: str) -> 
     parts = []
     for plan, name in zip(PLANS, (theirs, "it"), strict=True):
         values = differences(arm, other, plan)
-        verdict = {1: "beats", 0: "does not beat", -1: "loses to"}[told(values)]
+        verdict = {1: "beats", 0: "is not told apart from", -1: "loses to"}[told(values)]
         spread = statistics.stdev(values) if len(values) > 1 else None
         shown = number(statistics.fmean(values), spread, "+.1f")
         parts.append(f"{verdict} {name} on the {plan} schedule ({shown} AP, seed by seed)")

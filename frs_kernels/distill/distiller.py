@@ -72,9 +72,10 @@ class Distiller(Distilling, nn.Module):
         mask: "richness", "ones", or a function of the teacher's logits (a list of (N, K, H, W)) that gives (N, H, W)
             a level; `frs_kernels.distill.masks` has some.
         levels: indices of the levels that are distilled, of both; all by default.
-        gradient_share: hold each term where its gradient, at the features or at the class logits, is this part of that
-            of all other losses (`frs_kernels.distill.GradientShare`), one number or (features', logits'): for detectors
-            whose weights nobody has tuned. It begins at feat_weight and cls_weight. `distiller.shares` has both.
+        gradient_share: hold each term where its gradient, at the features, class logits or boxes, is this part of that
+            of all other losses (`frs_kernels.distill.GradientShare`), one number or (features', logits') or, with
+            boxes, (features', logits', boxes'): for detectors whose weights nobody has tuned. Each begins at its
+            weight. `distiller.shares` has them.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         fast_teacher: keep a copy of the teacher with its batch norms folded, on the same memory where nothing changes;
             a dict has options of `frs_kernels.distill.fast_teacher`, dict(dtype="auto") for 16 bits where that is
@@ -109,7 +110,7 @@ class Distiller(Distilling, nn.Module):
         preset: str | None = None,
         mask: Mask = "richness",
         levels: Sequence[int] | None = None,
-        gradient_share: float | tuple[float, float] | None = None,
+        gradient_share: float | tuple[float, ...] | None = None,
         adapter_kernel: int | None = 3,
         warmup: int = 500,
         fast_teacher: bool | dict[str, Any] = True,
@@ -170,7 +171,7 @@ class Distiller(Distilling, nn.Module):
         self._losses: dict[str, Tensor] | None = None
         seen = self._prepared(self._measure(example, levels, adapter_kernel))
         self.quicken(lambda model: self._run_teacher(model, seen), self._tap(self.teacher, 1).names, fast_teacher)
-        self.shares = make_shares(gradient_share, self.criterion, self.has_feats, self.has_logits)
+        self.shares = make_shares(gradient_share, self.criterion, self.localization, self.has_feats, self.has_logits)
         self.shares.to(next(student.parameters()).device)
 
     def _measure(

@@ -16,6 +16,7 @@ from frs_kernels.distill.beside import Beside
 from frs_kernels.distill.share import GradientShare
 from frs_kernels.distill.teacher import fast_dtype, fast_teacher
 from frs_kernels.functional import fsr_loss, richness_mask
+from frs_kernels.heads import localization_distillation
 from frs_kernels.modules import FeatureAdapter, FSRLoss, LocalizationDistillation
 from frs_kernels.presets import PRESETS
 from frs_kernels.results import FSRTerms
@@ -26,6 +27,8 @@ UNTUNED: dict[str, Any] = {"normalizer": "total_mass"}
 TEACHER_OPTIONS = (*(name for name in fast_teacher.__kwdefaults__ or () if name != "tapped"), "image_scale", "stream")
 PADDING = 32
 """Pixels that detectors pad to: sides of other sizes do not come out alike on the way down and up a pyramid."""
+WATCHED = {"feat": "feats", "cls": "logits", "box": "boxes"}
+"""Which of a tap's tensors carry the gradient of a term."""
 UNUSED = 32  # calls, more than anybody adds up before a backward pass
 
 
@@ -115,23 +118,32 @@ def resized(levels: Levels, like: Levels) -> list[Tensor]:
     ]
 
 
-def make_shares(target: float | Sequence[float] | None, criterion: FSRLoss, feats: bool, logits: bool) -> nn.ModuleDict:
-    """A `GradientShare` for each term that is distilled, "feat" and "cls", beginning at the criterion's weights."""
+def make_shares(
+    target: float | Sequence[float] | None,
+    criterion: FSRLoss,
+    localization: LocalizationDistillation | None,
+    feats: bool,
+    logits: bool,
+) -> nn.ModuleDict:
+    """A `GradientShare` for each term that is distilled, "feat", "cls" and "box", beginning at its weight."""
     if target is None:
         return nn.ModuleDict()
-    targets = tuple(target) if isinstance(target, Sequence) else (target, target)
-    if len(targets) != 2:
-        raise ValueError(f"gradient_share={target}: give one number, or the features' and the logits'")
-    weights = criterion.feat_weight, criterion.cls_weight
-    if any(isinstance(w, Tensor) for w in weights):
-        raise ValueError("gradient_share sets the weights; feat_weight and cls_weight, numbers, are where it begins")
-    return nn.ModuleDict(
-        {
-            name: GradientShare(share, float(weight))
-            for name, share, weight, wanted in zip(("feat", "cls"), targets, weights, (feats, logits), strict=True)
-            if wanted
-        }
-    )
+    weights = {"feat": criterion.feat_weight, "cls": criterion.cls_weight}
+    wanted = {"feat": feats, "cls": logits}
+    if localization is not None:
+        weights["box"], wanted["box"] = localization.weight, True
+    targets = tuple(target) if isinstance(target, Sequence) else (target,) * len(weights)
+    if len(targets) != len(weights):
+        each = "the features', the logits' and the boxes'" if localization else "the features' and the logits'"
+        raise ValueError(f"gradient_share={target}: give one number, or {each}")
+    if any(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError("gradient_share sets the weights; those given, numbers, are where it begins")
+    shares = {
+        name: GradientShare(share, float(weights[name]))
+        for name, share in zip(weights, targets, strict=True)
+        if wanted[name]
+    }
+    return nn.ModuleDict(shares)
 
 
 class Distilling:
@@ -171,11 +183,11 @@ class Distilling:
         found: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
         for name, share in self.named_shares():
             share.update(self.last_ramp, process_group)
-            found["feats" if name == "feat" else "logits"] = share.watch
+            found[WATCHED[name]] = share.watch
         return found
 
     def named_shares(self) -> Iterator[tuple[str, GradientShare]]:
-        """ "feat" and "cls", those whose gradient is held."""
+        """ "feat", "cls" and "box", those whose gradient is held."""
         for name, share in self.shares.items():
             assert isinstance(share, GradientShare)
             yield name, share
@@ -252,7 +264,7 @@ class Distilling:
         ramp: float,
         process_group: Any = None,
     ) -> dict[str, Tensor]:
-        """ramp * `localization_distillation` as "loss_frs_box", after `imitate`, if that was called.
+        """ramp * weight * `localization_distillation` as "loss_frs_box", after `imitate`, if that was called.
 
         Without `mask` under that of the other terms, and where they have none, under the richness of the teacher's
         logits.
@@ -262,8 +274,15 @@ class Distilling:
         if not under:
             assert logits is not None
             under = richness_mask(logits, backend=self.criterion.options.backend)
-        self.localization.process_group = process_group
-        return {"loss_frs_box": ramp * self.localization(student, teacher, under)}
+        held = dict(self.named_shares()).get("box")
+        weight = ramp * (self.localization.weight if held is None else held.weight)
+        options = self.localization.options
+        self.last_ramp = ramp
+        return {
+            "loss_frs_box": localization_distillation(
+                student, teacher, under, weight=weight, process_group=process_group, **options
+            )
+        }
 
     def _warn(self, message: str) -> None:
         """Once."""

@@ -67,8 +67,8 @@ class Tap:
         stop_at: `counts` of an earlier pass: as soon as every module has been called so often, the pass ends, by an
             exception that goes no further than this context.
         when_images: called as soon as the images have been seen.
-        through: by "feats" or "logits", a function of a list of tensors that gives another, which what was emitted goes
-            through before it is averaged or split.
+        through: by "feats", "logits" or "boxes", a function of a list of tensors that gives another, which what was
+            emitted goes through before it is averaged or split.
 
     Raises (where they are read; for a name when made):
         ValueError: there is no such module; nothing was emitted, or it is no list of levels; logits do not fit the

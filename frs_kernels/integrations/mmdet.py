@@ -93,8 +93,8 @@ class FRSDistiller(Distilling, BaseDetector):
         levels: indices of the levels that are distilled; all by default.
         adapter_kernel: kernel size of the adapter's convolution a level; None for no adapter, where channels agree.
         gradient_share: hold each term where its gradient, at the neck's or the head's output, is this part of that of
-            all other losses: one number or (features', head's). It begins at the weights; frs_weight_* and frs_share_*
-            are logged.
+            all other losses: one number, (features', head's), or with box_options (features', head's, boxes'). Each
+            begins at its weight; frs_weight_* and frs_share_* are logged.
         warmup: iterations over which both losses rise linearly from 0, by the iteration of the runner made last: a
             resumed run goes on where it was. Where there has been no runner there is no warm-up.
         average_mass: average M_l, and what gradient_share looks at, over the processes of `torch.distributed`; each
@@ -132,7 +132,7 @@ class FRSDistiller(Distilling, BaseDetector):
         centerness: bool = False,
         levels: Sequence[int] | None = None,
         adapter_kernel: int | None = 3,
-        gradient_share: float | tuple[float, float] | None = None,
+        gradient_share: float | tuple[float, ...] | None = None,
         warmup: int = 500,
         average_mass: bool = False,
         fast_teacher: bool | dict[str, Any] = True,
@@ -186,7 +186,7 @@ class FRSDistiller(Distilling, BaseDetector):
         if localization is not None:
             check_boxes(self.student, frozen, s, t, localization.options["sides"])
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
-        self.shares = make_shares(gradient_share, criterion, self.has_feats, self.has_logits)
+        self.shares = make_shares(gradient_share, criterion, localization, self.has_feats, self.has_logits)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """The student's own losses with loss_frs_feat, loss_frs_cls, loss_frs_box and frs_mass_<level>."""

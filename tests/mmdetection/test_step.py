@@ -218,8 +218,8 @@ def test_boxes_of_a_smaller_teachers_image_have_the_students_sizes(rng, teacher_
 
 
 def test_a_gradient_share_is_held(rng, teacher_file):
-    """The head's pull at the logits, as a part of that of the detector's own losses."""
-    model = distiller("gfl", teacher_file("gfl"), terms="head", gradient_share=[0.3, 0.3])
+    """The pull at the head's outputs, as a part of that of the detector's own losses."""
+    model = distiller("gfl", teacher_file("gfl"), terms="head", box_options={}, gradient_share=[0.2, 0.3, 0.4])
     inputs, samples = batch(rng)
     for _ in range(2):
         losses = model.loss(inputs, samples)
@@ -227,9 +227,11 @@ def test_a_gradient_share_is_held(rng, teacher_file):
         loss.backward()
     assert losses["frs_weight_cls"] != 0.05
     losses = model.loss(inputs, samples)
-    share = model.shares["cls"]
-    assert [losses[f"frs_share_cls_{level}"] for level in range(5)] == (share.term / share.own).tolist()
-    assert abs(share.term.norm() / share.own.norm() - 0.3) <= 1e-3
+    assert set(model.shares) == {"cls", "box"}
+    for name, target in (("cls", 0.3), ("box", 0.4)):
+        share = model.shares[name]
+        assert [losses[f"frs_share_{name}_{level}"] for level in range(5)] == (share.term / share.own).tolist()
+        assert abs(share.term.norm() / share.own.norm() - target) <= 1e-3
 
 
 def test_options_of_the_loss_reach_it(rng, teacher_file):
