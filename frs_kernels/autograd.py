@@ -45,7 +45,10 @@ class Imitation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *student: Tensor) -> tuple[Tensor, ...]:
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        # No parameter for each: where no gradient is wanted, Dynamo (AutogradFunctionVariable.call_apply of torch 2.13)
+        # leaves ctx out if forward() has as many of them as apply() was given arguments.
+        ctx, call, *student = given
         table, verbs = call.table, VERBS[call.backend]
         columns = (
             (), (), table.scale, table.eps, table.loss, call.weight, call.factor, table.temperature,
@@ -218,7 +221,8 @@ def once(grad: Tensor) -> Tensor:
 
 
 def save(ctx: Any, **named: Sequence[Tensor | None]) -> None:
-    """save_for_backward by name. It refuses the tensors of a teacher run in inference_mode; those nobody can change."""
+    """save_for_backward by name. It refuses the tensors of a teacher run in inference_mode; these are kept as they are,
+    as outside of that mode nobody can change them."""
     ctx.sizes = {name: len(group) for name, group in named.items()}
     tensors = [t for group in named.values() for t in group]
     ctx.inference = {}

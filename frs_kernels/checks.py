@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMALIZERS = ("mass", "mass_channels", "total_mass", "none")
 HEADS = ("sigmoid", "softmax")
 GRAD_MODES = ("auto", "forward", "backward")
+LARGEST = sys.float_info.max
 
 ADAPT = "bring the student's to the teacher's with frs_kernels.FeatureAdapter"
 CLASSES = "both heads must have the same anchors and classes"
@@ -27,7 +29,7 @@ def check_option(name: str, value: object, valid: Sequence[str]) -> None:
 def check_number(name: str, value: Any, *, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < float("inf") or (positive and value == 0):  # math.isfinite takes no symbolic float of Dynamo's
+    if not 0 <= value <= LARGEST or (positive and value == 0):  # math.isfinite takes no symbolic float of Dynamo's
         raise ValueError(f"{name} must be {'positive' if positive else 'zero or more'} and finite, got {value}")
 
 
@@ -53,8 +55,8 @@ def check_background(background: Any, levels: Sequence[Tensor]) -> None:
 def check_weight(name: str, value: Any, device: torch.device | None) -> None:
     """A number, zero or more and finite, or a 0-dim floating-point tensor on the device of the levels."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor or a number, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name} must be a number or a tensor of one of the levels' dtypes, got {value.dtype}")
         if value.dim() != 0:
             raise ValueError(f"{name} must be a 0-dim tensor or a number, got shape {tuple(value.shape)}")
         if value.device != device:
@@ -63,7 +65,7 @@ def check_weight(name: str, value: Any, device: torch.device | None) -> None:
             raise ValueError(f"{name} requires a gradient, but weights are not trained; give {name}.detach()")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-dim tensor, got {type(value).__name__}")
-    elif not 0 <= value < float("inf"):
+    elif not 0 <= value <= LARGEST:
         raise ValueError(f"{name} must be zero or more and finite, got {value}")
 
 
@@ -83,8 +85,16 @@ def check_learns(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> 
             "no tensor of the student's requires a gradient, so that the loss trains nothing: the student is frozen, "
             "was detached, ran under no_grad or inside checkpoint(use_reentrant=True); if it is only evaluated, call "
             "this under torch.no_grad()",
-            stacklevel=5,
+            stacklevel=_caller(),
         )
+
+
+def _caller() -> int:
+    """The stacklevel of the first frame outside of this package: modules and functions stand between in any number."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("frs_kernels.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_group_size(size: Any, name: str, levels: Sequence[Tensor]) -> None:
@@ -204,13 +214,13 @@ def check_pyramid(student_feats: Any, teacher_feats: Any, student_logits: Any, t
         check_positions("mask", mask, name, like)
 
 
-def check_imitation(student: Any, teacher: Any, mask: Any, *, takes_logits: bool) -> None:
-    """The tensors of `masked_imitation_loss`."""
-    check_levels("student", student)
-    check_levels("teacher", teacher)
-    check_pair("student", student, "teacher", teacher, CLASSES if takes_logits else ADAPT)
+def check_imitation(names: tuple[str, str], student: Any, teacher: Any, mask: Any, *, takes_logits: bool) -> None:
+    """The tensors of one term under a mask."""
+    check_levels(names[0], student)
+    check_levels(names[1], teacher)
+    check_pair(names[0], student, names[1], teacher, CLASSES if takes_logits else ADAPT)
     check_levels("mask", mask, dims=3)
-    check_positions("mask", mask, "teacher", teacher)
+    check_positions("mask", mask, names[1], teacher)
 
 
 def check_pair(a_name: str, a: Sequence[Tensor], b_name: str, b: Sequence[Tensor], hint: str) -> None:

@@ -304,22 +304,36 @@ def masked_imitation_loss(
     The other arguments, what is returned and what is raised are as for `fsr_loss`.
     """
     checks.check_option("loss", loss, tuple(LOSSES))
-    if group_size is not None and not isinstance(LOSSES[loss], Grouped):
-        raise ValueError(f"group_size={group_size!r} is of loss='softmax_kl', not of loss={loss!r}")
-    scores = plain_mask(mask)
+    if group_size is not None:
+        checks.check_count("group_size", group_size)
+        if not isinstance(LOSSES[loss], Grouped):
+            raise ValueError(f"group_size={group_size!r} is of loss='softmax_kl', not of loss={loss!r}")
     options = Options.of(
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
         grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
-    pairs = [Pair("weight", loss, weight, student, teacher, group_size or 0)]
+    pair = Pair("weight", loss, weight, student, teacher, group_size or 0)
+    return imitate_one(("student", "teacher"), pair, options, mask, process_group, return_terms)
+
+
+def imitate_one(
+    names: tuple[str, str],
+    pair: Pair,
+    options: Options,
+    mask: Levels | Richness,
+    process_group: ProcessGroup | None,
+    return_terms: bool,
+) -> Tensor | ImitationTerms:
+    """One term under any mask; `names`: what the user calls its student and teacher."""
+    scores = plain_mask(mask)
 
     def check() -> None:
-        checks.check_imitation(student, teacher, scores, takes_logits=LOSSES[loss].takes_logits)
-        checks.check_level_weights(options.level_weights, len(pairs[0].teacher))
-        if group_size is not None:
-            checks.check_group_size(group_size, "student", student)
+        checks.check_imitation(names, pair.student, pair.teacher, scores, takes_logits=LOSSES[pair.loss].takes_logits)
+        checks.check_level_weights(options.level_weights, len(pair.teacher))
+        if pair.group_size:
+            checks.check_group_size(pair.group_size, names[0], pair.student)
 
-    found = distill(pairs, options, check, scores, None, process_group, return_terms)
+    found = distill([pair], options, check, scores, None, process_group, return_terms)
     if isinstance(found, Tensor):
         return found
     return ImitationTerms(found.loss, *found.part("weight"), found.mask, found.mass)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from frs_kernels import checks
-from frs_kernels.functional import masked_imitation_loss
+from frs_kernels.functional import imitate_one
 from frs_kernels.levels import Levels, accumulate_dtype
-from frs_kernels.options import Backend, GradMode, Normalizer, Weight
+from frs_kernels.options import Backend, GradMode, Normalizer, Options, Weight
+from frs_kernels.pairs import Pair
 from frs_kernels.results import ImitationTerms, Richness
 
 if TYPE_CHECKING:
@@ -98,15 +99,17 @@ def quality_focal_distillation(
     normalizer="total_mass" divides every level by the number of positions of all.
     """
     checks.check_flag("detach", detach)
-    if mask is None:
-        checks.check_levels("student_logits", student_logits)
-        checks.check_levels("teacher_logits", teacher_logits)
-        mask = _everywhere(student_logits, teacher_logits)
-    return masked_imitation_loss(
-        student_logits, teacher_logits, mask, loss="qfl_detached" if detach else "qfl", weight=weight,
+    options = Options.of(
         temperature=temperature, beta=beta, normalizer=normalizer, eps=eps, level_weights=level_weights,
-        process_group=process_group, grad_mode=grad_mode, backend=backend, return_terms=return_terms,
+        grad_mode=grad_mode, backend=backend,
     )  # fmt: skip
+    names = ("student_logits", "teacher_logits")
+    if mask is None:
+        checks.check_levels(names[0], student_logits)
+        checks.check_levels(names[1], teacher_logits)
+        mask = _everywhere(student_logits, teacher_logits)
+    pair = Pair("weight", "qfl_detached" if detach else "qfl", weight, student_logits, teacher_logits)
+    return imitate_one(names, pair, options, mask, process_group, return_terms)
 
 
 @overload
@@ -184,16 +187,18 @@ def localization_distillation(
     The other arguments, the tensors' dtypes and strides, what is returned and what is raised are as for `fsr_loss`.
     ValueError also where sides does not divide C, or levels differ in C.
     """
-    checks.check_levels("student_reg", student_reg)
-    checks.check_levels("teacher_reg", teacher_reg)
-    checks.check_sides(sides, "student_reg", student_reg)
+    options = Options.of(
+        temperature=temperature, normalizer=normalizer, eps=eps, level_weights=level_weights, grad_mode=grad_mode,
+        backend=backend,
+    )  # fmt: skip
+    names = ("student_reg", "teacher_reg")
+    checks.check_levels(names[0], student_reg)
+    checks.check_levels(names[1], teacher_reg)
+    checks.check_sides(sides, names[0], student_reg)
     if mask is None:
         mask = _everywhere(student_reg, teacher_reg)
-    return masked_imitation_loss(
-        student_reg, teacher_reg, mask, loss="softmax_kl", group_size=student_reg[0].shape[1] // sides, weight=weight,
-        temperature=temperature, normalizer=normalizer, eps=eps, level_weights=level_weights,
-        process_group=process_group, grad_mode=grad_mode, backend=backend, return_terms=return_terms,
-    )  # fmt: skip
+    pair = Pair("weight", "softmax_kl", weight, student_reg, teacher_reg, student_reg[0].shape[1] // sides)
+    return imitate_one(names, pair, options, mask, process_group, return_terms)
 
 
 def _everywhere(student: Levels, teacher: Levels) -> list[Tensor]:

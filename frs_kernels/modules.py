@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,8 @@ class _Weighed(nn.Module):
 
     def extra_repr(self) -> str:
         """The weight, and the other options that are given."""
-        shown = {name: value for name, value in self.options.items() if value not in (None, False, "auto")}
+        usual = (None, False, "auto")
+        shown = {name: value for name, value in self.options.items() if not any(value is each for each in usual)}
         return ", ".join(f"{name}={value!r}" for name, value in ({"weight": self.weight} | shown).items())
 
 
@@ -183,6 +185,8 @@ class _HeadLoss(_Weighed, _OfGroup):
 
     def __init__(self, weight: Weight, own: dict[str, Any], options: Any) -> None:
         group = options.pop("process_group", None)
+        if unknown := options.keys() - inspect.signature(type(self).of).parameters.keys():
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}")
         Options.of(**options)
         super().__init__(weight, {**own, **options})
         self._group = _Group(group)

@@ -104,6 +104,8 @@ class Options(NamedTuple):
 
 
 def _checked(**options: Any) -> Options:
+    if unknown := options.keys() - set(Options._fields):
+        raise TypeError(f"unknown: {', '.join(sorted(unknown))}; the options are {', '.join(Options._fields)}")
     weights = options.get("level_weights")
     checks.check_level_weights(weights, None)
     found = Options(**{**options, "level_weights": None if weights is None else tuple(weights)})

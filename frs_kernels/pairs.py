@@ -55,26 +55,28 @@ def distill(
     teacher_logits: Levels | None,
     process_group: ProcessGroup | None,
     return_terms: bool,
+    learns: bool = False,
 ) -> Tensor | Found:
     """Imitate each pair.
 
     `check` says in the user's words what is wrong with the arguments. On small levels it takes as long as all the rest,
-    so where a native operator checks all of it as well, it runs only if something was refused.
+    so where a native operator checks all of it as well, it runs only if something was refused. `learns`: the caller has
+    looked at which tensors require a gradient.
     """
     checks.check_transforms()
     if process_group is not None:
         checks.check_group(process_group)
     levels = len(pairs[0].teacher) if type(pairs[0].teacher) in (list, tuple) else -1
-    plain = True
+    plain = type(teacher_logits) in (list, tuple) and len(teacher_logits) == levels  # type: ignore[arg-type]
     for pair in pairs:
         for given in (pair.student, pair.teacher):
             plain = plain and type(given) in (list, tuple) and len(given) == levels
-    rare = mask is not None or teacher_logits is None or process_group is not None or options.level_weights is not None
+    rare = mask is not None or process_group is not None or options.level_weights is not None
     if rare or not plain or is_compiling():
         check()
-        return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms)
+        return _imitate_pairs(pairs, options, None, mask, teacher_logits, process_group, return_terms, learns)
     try:
-        return _imitate_pairs(pairs, options, check, mask, teacher_logits, process_group, return_terms)
+        return _imitate_pairs(pairs, options, check, mask, teacher_logits, process_group, return_terms, learns)
     except Exception:
         check()
         raise
@@ -88,6 +90,7 @@ def _imitate_pairs(
     teacher_logits: Levels | None,
     process_group: ProcessGroup | None,
     return_terms: bool,
+    learns: bool,
 ) -> Tensor | Found:
     """`check` is None where it has run."""
     like = pairs[0].teacher
@@ -111,8 +114,8 @@ def _imitate_pairs(
         modes.append(_grad_mode(pair, options.grad_mode, return_terms))
         student += pair.student
         teacher += pair.teacher
-    if torch.is_grad_enabled() and all(mode == "none" for mode in modes):
-        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
+    if not learns and all(mode == "none" for mode in modes):
+        check_learns(pairs)
     unit = options.normalizer == "none"
     scores = norm = None
     if mask is not None:
@@ -140,6 +143,12 @@ def _imitate_pairs(
     names = (pair.weight_name for pair in pairs)
     parts = dict(zip(names, zip(terms, values.split(len(like)), strict=True), strict=True))
     return Found(loss, parts, split_levels(scores, like), mass)
+
+
+def check_learns(pairs: Sequence[Pair]) -> None:
+    """`checks.check_learns`, where gradients are enabled."""
+    if torch.is_grad_enabled() and not any(x.requires_grad for pair in pairs for x in pair.student):
+        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
 
 
 def _table_of(pairs: Sequence[Pair], options: Options) -> Table:
@@ -177,6 +186,8 @@ def plain_mask(mask: Any) -> Any:
 
 
 def _plain_level(mask: Tensor) -> Tensor:
+    if mask.layout != torch.strided:
+        return mask
     mask = mask.squeeze(1) if mask.dim() == 4 else mask
     return mask.float() if mask.dtype == torch.bool else mask
 

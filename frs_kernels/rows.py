@@ -16,7 +16,7 @@ from frs_kernels.autograd import late_term, load, once, save
 from frs_kernels.levels import Levels
 from frs_kernels.ops import VERBS
 from frs_kernels.options import Options
-from frs_kernels.pairs import Found, Pair, distill
+from frs_kernels.pairs import Found, Pair, check_learns, distill
 from frs_kernels.results import RowTerms
 
 if TYPE_CHECKING:
@@ -182,7 +182,9 @@ def _align(
     checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
     weights = None if level_weights is None else tuple(level_weights)
     options = Options(temperature=temperature, level_weights=weights, backend=backend)
-    terms = _aligned(Pair("weight", loss, weight, student, teacher), options, eps)
+    pair = Pair("weight", loss, weight, student, teacher)
+    check_learns([pair])
+    terms = _aligned(pair, options, eps)
     return terms if return_terms else terms.loss
 
 
@@ -198,14 +200,17 @@ def distill_rows(
 ) -> Tensor | Found:
     """`frs_kernels.pairs.distill` of the pairs, which may be none, and losses along rows of those that are aligned."""
     checks.check_transforms()
+    if process_group is not None:
+        checks.check_group(process_group)
     check()
+    check_learns([*aligned, *pairs])
     for pair in aligned:
         checks.check_weight(pair.weight_name, pair.weight, pair.teacher[0].device)
     terms = {pair.weight_name: _aligned(pair, options, EPS) for pair in aligned}
     loss = functools.reduce(operator.add, (term.loss for term in terms.values()))
     masked = None
     if pairs:
-        masked = distill(pairs, options, check, mask, teacher_logits, process_group, return_terms)
+        masked = distill(pairs, options, check, mask, teacher_logits, process_group, return_terms, learns=True)
         loss = loss + (masked if isinstance(masked, Tensor) else masked.loss)
     if not return_terms:
         return loss
@@ -216,8 +221,6 @@ def distill_rows(
 
 
 def _aligned(pair: Pair, options: Options, eps: float) -> RowTerms:
-    if torch.is_grad_enabled() and not any(s.requires_grad for s in pair.student):
-        checks.check_learns([(pair.student, pair.teacher)])
     weight, weights = pair.weight, options.level_weights
     number, factor = (1.0, weight.detach()) if isinstance(weight, Tensor) else (float(weight), None)
     scale = [1.0] * len(pair.teacher) if weights is None else [float(w) for w in weights]
@@ -234,11 +237,9 @@ class Alignment(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        backend, loss, teacher, scale, weight, factor, temperature, eps = call
-        total, values, rows = VERBS[backend].moments(
-            list(student), teacher, loss, scale, weight, factor, temperature, eps
-        )
+    def forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:  # as that of Imitation
+        ctx, (backend, loss, teacher, scale, weight, factor, temperature, eps), *student = given
+        total, values, rows = VERBS[backend].moments(student, teacher, loss, scale, weight, factor, temperature, eps)
         save(ctx, rows=[rows], factor=[factor], student=student, teacher=teacher)
         ctx.backend, ctx.loss, ctx.weight, ctx.temperature = backend, loss, weight, temperature
         ctx.set_materialize_grads(False)

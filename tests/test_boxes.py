@@ -164,6 +164,8 @@ def test_a_teacher_in_half_the_bits_whose_boxes_overflow_is_refused():
         ({}, {"box_options": {"sides": 3}}, ValueError, r"boxes\[0\] .* must have sides \* bins channels, sides=3"),
         ({}, {"boxes": None, "box_options": {}}, ValueError, "box_options without boxes"),
         ({}, {"box_options": {"return_terms": True}}, TypeError, "box_options has return_terms"),
+        ({}, {"box_options": {"beta": 1.0}}, TypeError, "LocalizationDistillation takes no beta"),
+        ({}, {"box_options": {"level_weights": [1.0]}}, ValueError, "level_weights has 1 entries, there are 3 levels"),
         ({}, {"box_options": {"weight": -1.0}}, ValueError, "weight must be zero or more"),
         ({}, {"boxes": "head.boxes"}, ValueError, "boxes: Boxed has no module 'head.boxes'"),
         ({}, {"boxes": "neck", "of_teacher": {"boxen": "neck"}}, ValueError, "takes 'feats', 'logits', 'boxes'"),

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from truth import Pyramid, pyramid
 
-from frs_kernels import FeatureAdapter, FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, richness_mask
+from frs_kernels import FeatureAdapter, FSRLoss, FSRTerms, fsr_loss, masked_imitation_loss, pkd_loss, richness_mask
 
 pytestmark = pytest.mark.usefixtures("compiler")
 TINY = ((1, 2, 3), (1, 1, 1))
@@ -84,6 +84,26 @@ def test_one_graph_of_every_function(rng, backend, device, given):
 
     for a, b in zip(torch.compile(step, backend="aot_eager", fullgraph=True)(), step(), strict=True):
         assert relative(a, b) <= 4 * torch.finfo(b.dtype).eps
+
+
+@each_backend
+@pytest.mark.parametrize("tensors", [1, 2, 3])
+def test_one_graph_without_a_gradient(rng, backend, device, tensors):
+    """Of any number of the student's tensors, which are what the autograd functions are given."""
+    p = tiny(rng, device)
+    s, t = [p.s[0].detach()] * tensors, [p.t[0]] * tensors
+    mask = [p.s[0][:, 0].detach().abs()] * tensors
+
+    def step() -> list[Tensor]:
+        return [
+            masked_imitation_loss(s, t, mask, backend=backend),
+            pkd_loss(s, t, backend=backend),
+            fsr_loss(s, t, None, t, feat_loss="l1", backend=backend),
+        ]
+
+    with torch.no_grad():
+        found = torch.compile(step, backend="aot_eager", fullgraph=True)()
+        assert all(relative(a, b) <= 4 * torch.finfo(b.dtype).eps for a, b in zip(found, step(), strict=True))
 
 
 @each_backend

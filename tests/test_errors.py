@@ -15,10 +15,14 @@ from environment import python_environment
 from frs_kernels import (
     FeatureAdapter,
     FSRLoss,
+    LocalizationDistillation,
+    QualityFocalDistillation,
     backends,
     fsr_loss,
+    localization_distillation,
     masked_imitation_loss,
     native,
+    pkd_loss,
     quality_focal_distillation,
     richness_mask,
 )
@@ -65,6 +69,11 @@ TABLE: dict[str, tuple[Callable[[Call], None], type[Exception], tuple[str, ...]]
     ),
     "no level": (put_all(student_feats=[]), ValueError, ("student_feats is empty", "(N, C, H, W)")),
     "no level of logits": (put_all(teacher_logits=[]), ValueError, ("teacher_logits is empty",)),
+    "no level of logits for the mask": (
+        put_all(student_logits=None, teacher_logits=[]),
+        ValueError,
+        ("teacher_logits is empty",),
+    ),
     "another height": (
         put("teacher_feats", 1, Z(2, 5, 2, 1)),
         ValueError,
@@ -302,7 +311,43 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
     "focal mask": (
         lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 5)]),
         ValueError,
-        ("mask[0] (1, 3, 5)", "teacher[0] (1, 2, 3, 4)"),
+        ("mask[0] (1, 3, 5)", "teacher_logits[0] (1, 2, 3, 4)"),
+    ),
+    "boxes": (
+        lambda: localization_distillation([Z(1, 8, 3, 4)], [Z(1, 8, 3, 5)]),
+        ValueError,
+        ("student_reg[0] (1, 8, 3, 4)", "teacher_reg[0] (1, 8, 3, 5)"),
+    ),
+    "imitation sparse mask": (
+        lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 1, 3, 4).to_sparse()]),
+        TypeError,
+        ("mask[0] is torch.sparse_coo", "to_dense"),
+    ),
+    "imitation long weight": (
+        lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 4)], weight=10**400),
+        ValueError,
+        ("weight must be zero or more and finite",),
+    ),
+    "rows long eps": (
+        lambda: pkd_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], eps=10**400),
+        ValueError,
+        ("eps must be zero or more and finite",),
+    ),
+    "rows short weight": (
+        lambda: pkd_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], weight=torch.zeros((), dtype=torch.float8_e4m3fn)),
+        TypeError,
+        ("weight must be a number or a tensor of one of the levels' dtypes", "float8"),
+    ),
+    "module unknown": (lambda: FSRLoss(foo=1), TypeError, ("unknown: foo", "feat_loss")),  # type: ignore[call-arg]
+    "focal module": (
+        lambda: QualityFocalDistillation(feat_loss="l1"),  # type: ignore[call-arg]
+        TypeError,
+        ("QualityFocalDistillation takes no feat_loss",),
+    ),
+    "boxes module": (
+        lambda: LocalizationDistillation(beta=2.0),  # type: ignore[call-arg]
+        TypeError,
+        ("LocalizationDistillation takes no beta",),
     ),
     "module cls_loss": (lambda: FSRLoss(cls_loss="x"), ValueError, ("cls_loss='x'", "'kl'")),
     "module feat_loss": (lambda: FSRLoss(feat_loss="kl"), ValueError, ("feat_loss='kl'", "'smooth_l1'")),

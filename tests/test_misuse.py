@@ -22,6 +22,8 @@ from frs_kernels import (
     PRESETS,
     FeatureAdapter,
     FSRLoss,
+    PKDLoss,
+    QualityFocalDistillation,
     check,
     fsr_loss,
     masked_imitation_loss,
@@ -79,6 +81,25 @@ def test_nothing_of_the_student_learns(levels):
             fsr_loss(*detached)
         fsr_loss(*levels)
         fsr_loss(detached[0], *levels[1:])  # the logits learn
+
+
+def test_a_call_of_several_terms_says_it_once_where_none_learns(levels):
+    detached = [[v.detach() for v in each] for each in levels]
+    both = {"feat_loss": "pkd", "cls_loss": "cwd"}
+    for options in ({"feat_loss": "pkd"}, both):
+        with pytest.warns(UserWarning, match="no tensor of the student's requires a gradient") as found:
+            fsr_loss(*detached, **options)
+        assert [w.filename for w in found] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fsr_loss(detached[0], *levels[1:], **options)  # the logits learn
+            fsr_loss(*levels[:2], detached[2], levels[3], **options)  # the features do
+        s, t, x, z = levels
+        assert fsr_loss(detached[0], [v + s[0].mean() for v in t], x, z, **options).requires_grad
+    for loss in (PKDLoss(), QualityFocalDistillation()):
+        with pytest.warns(UserWarning, match="trains nothing") as found:
+            loss(detached[0], detached[1])
+        assert [w.filename for w in found] == [__file__]
 
 
 @pytest.mark.parametrize("name", ["feat_weight", "cls_weight"])

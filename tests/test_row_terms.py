@@ -54,6 +54,8 @@ def test_what_fsr_loss_refuses_stays_refused(rng):
     p = pyramid(rng)
     with pytest.raises(ValueError, match=r"student_feats\[0\].*channels"):
         fsr_loss([s[:, :1] for s in p.s], p.t, p.x, p.z, feat_loss="pkd")
+    with pytest.raises(TypeError, match="process_group must be"):
+        fsr_loss(p.s, p.t, None, None, feat_loss="pkd", process_group="world")
     with pytest.raises(ValueError, match="cls_loss='pkd' is unknown"):
         fsr_loss(*p.inputs, cls_loss="pkd")
     with pytest.raises(ValueError, match="level_weights has 1 entries"):
@@ -109,3 +111,12 @@ def test_a_head_term_beside_them_keeps_the_head():
     with pytest.raises(ValueError, match="the richness is made of the teacher's class logits"):
         distiller(logits=None)
     assert set(distiller(logits=None, preset="pkd")(x)) == {"loss_cls", "loss_frs_feat"}
+
+
+@pytest.mark.parametrize("options", [{}, {"logits": None}], ids=["logits", "no logits"])
+def test_a_mask_of_a_distiller_is_left_out_where_no_term_has_one(options):
+    def mask(z: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise AssertionError("asked for a mask")
+
+    plain, masked = (distiller(preset="pkd", **more, **options)(images()) for more in ({}, {"mask": mask}))
+    assert plain["loss_frs_feat"] == masked["loss_frs_feat"]

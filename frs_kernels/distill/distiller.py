@@ -14,6 +14,7 @@ from frs_kernels import checks
 from frs_kernels.distill import masks
 from frs_kernels.distill.pairing import (
     Distilling,
+    check_level_weights,
     choose_levels,
     has_head_term,
     make_adapter,
@@ -90,8 +91,8 @@ class Distiller(Distilling, nn.Module):
 
     Raises (when made):
         ValueError: no such module; a module that emits nothing or no levels; levels, sizes or channels that do not fit;
-            a student without anything to train, or that is its own teacher; an unknown option.
-        TypeError: a wrong type of one, or an option that the distiller sets itself.
+            a student without anything to train, or that is its own teacher; an unknown value of an option.
+        TypeError: an option of a wrong type, an unknown one, or one that the distiller sets itself.
     Where the heads have other classes or anchors, a warning says so and features alone are distilled.
     """
 
@@ -232,7 +233,7 @@ class Distiller(Distilling, nn.Module):
             checks.check_sides(self.localization.options["sides"], "boxes", self._pick(s.boxes))
         if not self.has_feats and not self.has_logits and not self.localization:
             raise ValueError("nothing to distil: cls_weight is 0 and feats are not named")
-        checks.check_level_weights(self.criterion.options.level_weights, len(self.levels))
+        check_level_weights(self.criterion, self.localization, len(self.levels))
         return images
 
     def _needs_logits(self) -> bool:
@@ -358,8 +359,7 @@ class Distiller(Distilling, nn.Module):
         mask: Any = None
         if self.mask == "ones":
             mask = masks.ones(of_teacher or z or of_boxes or [])
-        elif not isinstance(self.mask, str):
-            assert z is not None
+        elif not isinstance(self.mask, str) and z is not None:  # without logits no term has a mask
             mask = self.mask(z)
             if mask is None:
                 raise TypeError("mask= returned None; it gives a list of (N, H, W), one a level")

@@ -63,16 +63,19 @@ def choose_levels(levels: Sequence[int] | None, student: Levels, teacher: Levels
     """Which levels are distilled, `levels` or all, where those fit each other.
 
     Raises:
+        TypeError: levels is no list.
         ValueError: levels are no distinct indices; without them, other numbers of levels; other sizes.
     """
     theirs = [f"{len(each)} levels of strides {strides(each, width)}" for each in (student, teacher)]
     found = f"student has {theirs[0]}, teacher {theirs[1]}"
+    if levels is not None and not isinstance(levels, Sequence):
+        raise TypeError(f"levels must be a list of indices, got {type(levels).__name__}")
     if levels is None:
         if len(student) != len(teacher):
             raise ValueError(f"{found}: other levels; say which with levels=")
         levels = range(len(student))
     most = min(len(student), len(teacher))
-    if not levels or len(set(levels)) < len(levels) or not all(isinstance(i, int) and 0 <= i < most for i in levels):
+    if not levels or len(set(levels)) < len(levels) or not all(type(i) is int and 0 <= i < most for i in levels):
         raise ValueError(f"levels={list(levels)}: give distinct indices from 0 to {most - 1}")
     if [student[i].shape[2:] for i in levels] != [teacher[i].shape[2:] for i in levels]:
         raise ValueError(f"{found}: both must have the same strides")
@@ -98,6 +101,13 @@ def make_localization(options: Mapping[str, Any] | None) -> LocalizationDistilla
     if taken := {"process_group", "return_terms"} & set(options or {}):
         raise TypeError(f"box_options has {', '.join(sorted(taken))}, which the distiller sets itself")
     return LocalizationDistillation(**(options or {}))
+
+
+def check_level_weights(criterion: FSRLoss, localization: LocalizationDistillation | None, levels: int) -> None:
+    """Raises TypeError, ValueError: there is not one a level."""
+    checks.check_level_weights(criterion.options.level_weights, levels)
+    if localization is not None:
+        checks.check_level_weights(localization.options.get("level_weights"), levels)
 
 
 def check_finite(feats: Levels, logits: Levels, boxes: Levels) -> None:
@@ -138,6 +148,10 @@ def make_shares(
         raise ValueError(f"gradient_share={target}: give one number, or {each}")
     if any(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError("gradient_share sets the weights; those given, numbers, are where it begins")
+    for name, share in zip(weights, targets, strict=True):
+        if wanted[name]:
+            checks.check_number("gradient_share", share, positive=True)
+            checks.check_number(f"the weight of {name}, where gradient_share begins,", weights[name], positive=True)
     shares = {
         name: GradientShare(share, float(weights[name]))
         for name, share in zip(weights, targets, strict=True)

@@ -36,6 +36,7 @@ from frs_kernels import FSRLoss, Richness, checks, richness_mask
 from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
     Distilling,
+    check_level_weights,
     choose_levels,
     has_head_term,
     make_adapter,
@@ -180,7 +181,7 @@ class FRSDistiller(Distilling, BaseDetector):
             self._run = run_class_branch
         self.quicken(lambda model: self._run(model, empty_image()), [], fast_teacher)
         s, t = self._pick(s), self._pick(t)
-        checks.check_level_weights(criterion.options.level_weights, len(self.levels))
+        check_level_weights(criterion, localization, len(self.levels))
         self.strides = strides(t.logits, PROBE_SIDE)
         check_pair(self.student, frozen, s, t, self.levels, self.has_logits, centerness)
         if localization is not None:

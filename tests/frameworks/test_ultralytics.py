@@ -51,7 +51,7 @@ def test_the_step_of_the_guide_runs(tmp_path, monkeypatch):
     for size in "ns":
         YOLO(f"yolo11{size}.yaml", verbose=False).save(f"yolo11{size}.pt")
     names: dict[str, Any] = {"YOLO": YOLO, "get_cfg": get_cfg, "Distiller": Distiller, "batch": batch()}
-    exec(code_after("of your own for Ultralytics (v8, v10, 11, 26):", GUIDE), names)
+    exec(code_after("of your own for Ultralytics (v8, v10, 11, 26),", GUIDE), names)
     names["loss"].backward()
     d = names["distiller"]
     # dfl, a fixed sum, is left out by Ultralytics' trainer
