@@ -4,8 +4,8 @@
 //     pkd   a row: a channel over N, H, W.       gradient = a (s - s0) - b (t - t0) + c
 //           sums of d = s - pivot, e = t - pivot', d^2, e^2 and d e, the pivots numbers of the row
 //     cwd   a row: a channel of an image.        gradient = a exp((s - s0) / tau) - b exp((t - t0) / tau)
-//           maxima s0 and t0, sums of exp((s - s0) / tau) and exp((t - t0) / tau), and of the latter times (t - s) /
-//           tau
+//           maxima s0 and t0, sums of exp((s - s0) / tau) and exp((t - t0) / tau), and of the latter times
+//           ((t - t0) - (s - s0)) / tau: t - s itself has few digits where s and t are far apart
 //
 // The sums of parts of a row are made in float by whatever walks over it, then moved to the row's pivots or maxima and
 // added in double. frs_kernels/row_losses.py has the formulas, docs/math.md their derivation.
@@ -102,8 +102,10 @@ struct RowTraits<RowLoss::cwd> {
 
   // Sums as they are about other maxima, which are no smaller.
   static FRS_INLINE Sums raised(const Sums& sums, double s, double t, double temperature) {
-    const double by_s = weight(sums.at[0], s, temperature), by_t = weight(sums.at[1], t, temperature);
-    return {{s, t, sums.at[2] * by_s, sums.at[3] * by_t, sums.at[4] * by_t}};
+    const auto [of_s, of_t, z_s, z_t, apart] = sums.at;
+    const double by_s = weight(of_s, s, temperature), by_t = weight(of_t, t, temperature);
+    const double more = z_t == 0 ? 0 : z_t * (((of_t - t) - (of_s - s)) / temperature);  // of nothing maxima are -inf
+    return {{s, t, z_s * by_s, z_t * by_t, (apart + more) * by_t}};
   }
 
   static FRS_INLINE void add(Sums& to, const Sums& part, double temperature) {
@@ -123,8 +125,7 @@ struct RowTraits<RowLoss::cwd> {
     numbers[1] = static_cast<T>(t);
     numbers[2] = static_cast<T>(share * row.temperature / z_s);
     numbers[3] = static_cast<T>(share * row.temperature / z_t);
-    if (row.count < 2) return apart * 0;  // or what is left of the rounding of t - s
-    const double kl = apart / z_t + (s - t) / row.temperature + ::log(z_s) - ::log(z_t);
+    const double kl = apart / z_t + (::log(z_s) - ::log(z_t));
     return kl * (share * row.temperature * row.temperature);
   }
 

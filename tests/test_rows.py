@@ -102,6 +102,19 @@ def test_cwd_of_one_position_that_has_all(rng, backend, device, scale):
 
 
 @each_backend
+@pytest.mark.parametrize("loss", [CWD, TAU4], ids=["tau 1", "tau 4"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("distance", [1e3, -1e5])
+def test_cwd_of_a_teacher_far_from_the_student(rng, backend, device, loss, layout, distance):
+    """A softmax does not see what is added to all logits; t - s would have few digits."""
+    s, t = levels(rng, ((2, 5, 20, 30), *SIZES), layout=layout, device=device)
+    with torch.no_grad():
+        for z in t:
+            z += distance
+    assert_right(loss, s, t, backend)
+
+
+@each_backend
 @each_loss
 def test_the_magnitude_of_fp32(rng, backend, device, loss):
     """Numbers of 1e15 and of 1e-15; a channel that is constant."""

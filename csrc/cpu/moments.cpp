@@ -114,10 +114,8 @@ struct Step<RowLoss::cwd, V> {
   V at[NUMBERS] = {};
   template <class T>
   FRS_INLINE void take(V s, V t, V most_s, V most_t, T inverse_temperature) {
-    const V q = exp_neg<V>((most_t - t) * inverse_temperature);
-    at[2] = at[2] + exp_neg<V>((most_s - s) * inverse_temperature);
-    at[3] = at[3] + q;
-    at[4] = at[4] + q * ((t - s) * inverse_temperature);
+    const V d = (most_s - s) * inverse_temperature, e = (most_t - t) * inverse_temperature, q = exp_neg<V>(e);
+    at[2] = at[2] + exp_neg<V>(d), at[3] = at[3] + q, at[4] = at[4] + q * (d - e);
   }
 };
 

@@ -27,8 +27,8 @@ struct Part {
       const A d = s - pivot_s, e = t - pivot_t;
       at[0] += d, at[1] += e, at[2] += d * d, at[3] += e * e, at[4] += d * e;
     } else {
-      const A q = Primitives<A>::power_of_two((t - pivot_t) * pace);
-      at[2] += Primitives<A>::power_of_two((s - pivot_s) * pace), at[3] += q, at[4] += q * (t - s);
+      const A d = s - pivot_s, e = t - pivot_t, q = Primitives<A>::power_of_two(e * pace);
+      at[2] += Primitives<A>::power_of_two(d * pace), at[3] += q, at[4] += q * (e - d);
     }
   }
 
@@ -36,10 +36,11 @@ struct Part {
   // infinity, from which no difference may be taken where those of all are.
   template <bool MAY_BE_EMPTY = false>
   __device__ __forceinline__ void raise(A s, A t, A pace) {
-    A by_s = Primitives<A>::power_of_two((pivot_s - s) * pace),
-      by_t = Primitives<A>::power_of_two((pivot_t - t) * pace);
+    const A d = pivot_s - s, e = pivot_t - t;
+    A by_s = Primitives<A>::power_of_two(d * pace), by_t = Primitives<A>::power_of_two(e * pace);
     if (MAY_BE_EMPTY && s == pivot_s) by_s = 1;
     if (MAY_BE_EMPTY && t == pivot_t) by_t = 1;
+    if (at[3] != 0) at[4] += at[3] * (e - d);
     pivot_s = s, pivot_t = t, at[2] *= by_s, at[3] *= by_t, at[4] *= by_t;
   }
 };

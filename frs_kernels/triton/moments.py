@@ -124,7 +124,7 @@ def finish_group(
     if LOSS == "cwd":
         tau = number_of(call.tau[0], call.tau[1])
         most_s, most_t, sums = cwd_sums(slots, apart, tiles, tau, BLOCK_C, STRIDE)
-        of_rows, value = cwd_numbers(most_s, most_t, sums, hw, scale / (images * channels).to(tl.float64), tau)
+        of_rows, value = cwd_numbers(most_s, most_t, sums, scale / (images * channels).to(tl.float64), tau)
         index += n * blocks
         last = store_rows(rows_ptr, blocks_ptr, counters_ptr, of_rows, value, row, here, index, all_blocks)
     else:

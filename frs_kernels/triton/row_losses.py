@@ -3,8 +3,8 @@
     pkd   a row: a channel over N, H, W.       gradient = a (s - s0) - b (t - t0) + c
           sums of d = s - pivot, e = t - pivot', d^2, e^2 and d e, the pivots being numbers of the part
     cwd   a row: a channel of an image.        gradient = a exp((s - s0) / tau) - b exp((t - t0) / tau)
-          sums of exp((s - pivot) / tau), exp((t - pivot') / tau), and of the latter times t - s, the pivots being the
-          part's maxima
+          sums of exp((s - pivot) / tau), exp((t - pivot') / tau), and of the latter times
+          (t - pivot') - (s - pivot), the pivots being the part's maxima
 
 A thread's sums are fp32, about the pivots of its part. The rest is fp64, once a part and channel: pkd's value is what
 is left of sums that nearly cancel. It is about the pivots of the row's first part (pkd), or the row's maxima (cwd).
@@ -42,8 +42,9 @@ def add_step(sums, x, z, mask, pivot_x, pivot_z, rate, LOSS: tl.constexpr):
         d, e = tl.where(mask, x - pivot_x, 0.0), tl.where(mask, z - pivot_z, 0.0)
         return sums[0] + d, sums[1] + e, tl.fma(d, d, sums[2]), tl.fma(e, e, sums[3]), tl.fma(d, e, sums[4])
     else:
-        p, q = weight_below(pivot_x - x, rate), weight_below(pivot_z - z, rate)
-        return sums[0] + p, sums[1] + q, tl.fma(q, tl.where(mask, z - x, 0.0), sums[2])
+        d, e = pivot_x - x, pivot_z - z
+        p, q = weight_below(d, rate), weight_below(e, rate)
+        return sums[0] + p, sums[1] + q, tl.fma(q, tl.where(mask, d - e, 0.0), sums[2])
 
 
 @triton.jit
@@ -107,11 +108,13 @@ def cwd_sums(slots, apart, parts, tau, BLOCK_C: tl.constexpr, STRIDE: tl.constex
     for i in range(0, parts, PARTS):
         part = (i + tl.arange(0, PARTS))[:, None]
         here, at = part < parts, slots + part.to(tl.int64) * apart
-        of_s = weight_of(load_stored(at, 0, here, NOTHING, STRIDE), row_s[None, :], tau)
-        of_t = weight_of(load_stored(at, 1, here, NOTHING, STRIDE), row_t[None, :], tau)
+        part_s, part_t = load_stored(at, 0, here, NOTHING, STRIDE), load_stored(at, 1, here, NOTHING, STRIDE)
+        of_s, of_t = weight_of(part_s, row_s[None, :], tau), weight_of(part_t, row_t[None, :], tau)
+        total = load_stored(at, 3, here, 0.0, STRIDE)
+        more = tl.where(here, total * ((part_t - row_t[None, :]) - (part_s - row_s[None, :])), 0.0)
         z_s += load_stored(at, 2, here, 0.0, STRIDE) * of_s
-        z_t += load_stored(at, 3, here, 0.0, STRIDE) * of_t
-        differences += load_stored(at, 4, here, 0.0, STRIDE) * of_t
+        z_t += total * of_t
+        differences += (load_stored(at, 4, here, 0.0, STRIDE) + more) * of_t
     return row_s, row_t, (tl.sum(z_s, 0), tl.sum(z_t, 0), tl.sum(differences, 0))
 
 
@@ -152,11 +155,10 @@ def pkd_numbers(pivot_s, pivot_t, sums, count, share, eps, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def cwd_numbers(most_s, most_t, sums, count, share, tau):
+def cwd_numbers(most_s, most_t, sums, share, tau):
     """As `pkd_numbers`, of rows' maxima and the sums about them."""
     z_s, z_t, differences = sums
-    value = (differences / z_t + (most_s - most_t)) / tau + (tl.log(z_s) - tl.log(z_t))
-    value = tl.where(count < 2, differences * 0, value)  # or what is left of the rounding of t - s
+    value = differences / z_t / tau + (tl.log(z_s) - tl.log(z_t))
     return (most_s, most_t, share * tau / z_s, share * tau / z_t, tl.zeros_like(z_s)), value * (share * tau * tau)
 
 

@@ -263,8 +263,10 @@ void rows_of_levels(int& i) {
       run("NaN", call);
       call.nan_level = -1, call.flat_level = -1, call.levels[0].far = 300, call.levels[1].far = -1000;
       run("far from 0", call);
+      for (RowSpec& spec : call.levels) spec.far = 0, spec.apart = 1e4;
+      run("the teacher far from the student", call);
       // Of cwd, exp of a difference from any number but the maximum is infinite then.
-      for (RowSpec& spec : call.levels) spec.far = 0, spec.spread = 60;
+      for (RowSpec& spec : call.levels) spec.apart = 0, spec.spread = 60;
       for (Layout layout : {contiguous, channels_last}) {
         for (RowSpec& spec : call.levels) spec.student_layout = spec.teacher_layout = layout;
         run("far apart", call);

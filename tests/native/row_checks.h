@@ -15,7 +15,7 @@ struct RowSpec {
   Shape shape;
   DType student, teacher;
   Layout student_layout, teacher_layout;
-  double scale = 1, far = 0, spread = 1;  // far: what is added to all numbers
+  double scale = 1, far = 0, spread = 1, apart = 0;  // far: what is added to all numbers; apart: to the teacher's
 };
 
 struct RowCall {
@@ -100,7 +100,7 @@ RowTruth truth_of_cwd(const Side& s, const Side& t, const RowCall& call, Real sh
     truth.slope_bound[i] = u * std::fabs(share) * tau * (p * roundings(s) + q * roundings(t)) + 3 * SUBNORMAL;
   }
   truth.value = share * tau * tau * kl;
-  truth.bound = OF_SUM * u * std::fabs(share) * tau * tau * (1 + scale + std::fabs(s.most - t.most) / tau);
+  truth.bound = OF_SUM * u * std::fabs(share) * tau * tau * (1 + scale);
   return truth;
 }
 
@@ -121,7 +121,7 @@ RowData make(const RowCall& call) {
     Tensor& s = d.students.emplace_back(shape, spec.student, layout);
     Tensor& t = d.teachers.emplace_back(shape, spec.teacher, spec.teacher_layout);
     Tensor& g = d.grads.emplace_back(shape, spec.student, is_last(layout) && layout < LAYOUTS ? channels_last : layout);
-    s.fill(spec.far - 0.5, 2 * spec.spread), t.fill(spec.far + 1, 1.5 * spec.spread);
+    s.fill(spec.far - 0.5, 2 * spec.spread), t.fill(spec.far + spec.apart + 1, 1.5 * spec.spread);
     for (int64_t i = 0; l == call.flat_level && i < shape.n * shape.positions(); ++i)
       s.set(i / shape.positions(), 0, i % shape.positions(), (call.ripple ? 0 : 0.5) + i % 2 * call.ripple);
     if (l == call.nan_level) s.set(shape.n - 1, shape.c / 2, shape.positions() / 2, NAN), t.set(0, 0, 0, NAN);
