@@ -103,9 +103,9 @@ struct RowTraits<RowLoss::cwd> {
   // Sums as they are about other maxima, which are no smaller.
   static FRS_INLINE Sums raised(const Sums& sums, double s, double t, double temperature) {
     const auto [of_s, of_t, z_s, z_t, apart] = sums.at;
-    const double by_s = weight(of_s, s, temperature), by_t = weight(of_t, t, temperature);
-    const double more = z_t == 0 ? 0 : z_t * (((of_t - t) - (of_s - s)) / temperature);  // of nothing maxima are -inf
-    return {{s, t, z_s * by_s, z_t * by_t, (apart + more) * by_t}};
+    const double d = below(of_s, s, temperature), e = below(of_t, t, temperature), by_t = ::exp(e);
+    const double moved = z_t == 0 ? 0 : z_t * (e - d);  // of nothing the maxima are -infinity
+    return {{s, t, z_s * ::exp(d), z_t * by_t, (apart + moved) * by_t}};
   }
 
   static FRS_INLINE void add(Sums& to, const Sums& part, double temperature) {
@@ -136,8 +136,8 @@ struct RowTraits<RowLoss::cwd> {
 
  private:
   static FRS_INLINE double larger(double a, double b) { return a > b ? a : b; }
-  static FRS_INLINE double weight(double of, double most, double temperature) {
-    return of == most ? 1 : ::exp((of - most) / temperature);  // of two infinities the difference is NaN
+  static FRS_INLINE double below(double of, double most, double temperature) {
+    return of == most ? 0 : (of - most) / temperature;  // of two infinities the difference is NaN
   }
 };
 

@@ -104,6 +104,7 @@ FAULTS = [
     Fault("row_walks.cuh", "last >= first ? end - last * SIZE : 0", "0", "none", "FAILED pkd one"),
     Fault("row_parts.cuh", "moved(sums, count,", "moved(sums, 0 * count,", "none", "FAILED pkd"),
     Fault("row_parts.cuh", "at[2] *= by_s, ", "at[2] += 0 * by_s, ", "none", "FAILED cwd one"),
+    Fault("row_parts.cuh", "if (at[3] != 0) at[4] += at[3] * (e - d);", "", "none", "FAILED cwd one"),
     Fault(
         "moments.cu",
         "Of::raised(held[u], sums.at[0], sums.at[1],",

@@ -140,14 +140,14 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
   if (index < table.count) {
     const RowLevel& level = table.rows[index];
     const Place place = place_of(level, blockIdx.x - table.starts[index]);
-    const double inverse_temperature = 1 / call.temperature;
+    const A pace = static_cast<A>(LOG2_E / call.temperature);
     Sums* const parts = call.parts + level.first_part;
     const auto sum = [&](auto width) {
       constexpr int W = decltype(width)::value;
       if (level.interleaved)
-        sum_tile<S, T, A, W, LOSS>(level, place, inverse_temperature, parts, meeting);
+        sum_tile<S, T, A, W, LOSS>(level, place, pace, parts, meeting);
       else
-        sum_run<S, T, A, W, LOSS>(level, place, inverse_temperature, parts);
+        sum_run<S, T, A, W, LOSS>(level, place, pace, parts);
     };
     if (V > 1 && level.wide)
       sum(std::integral_constant<int, V>{});

@@ -9,7 +9,7 @@
 
 namespace frs::cuda {
 
-constexpr double LOG2_E = 1.44269504088896340736;
+constexpr double LOG2_E = 1.44269504088896340736, LN_2 = 0.693147180559945309417;
 
 template <RowLoss LOSS, class A>
 struct Part {
@@ -21,14 +21,14 @@ struct Part {
     if constexpr (LOSS == RowLoss::cwd) pivot_s = pivot_t = -INFINITY;
   }
 
-  // pace: log2(e) / temperature
+  // pace: log2(e) / temperature, the unit of the differences in the last sum, too
   __device__ __forceinline__ void take(A s, A t, [[maybe_unused]] A pace) {
     if constexpr (LOSS == RowLoss::pkd) {
       const A d = s - pivot_s, e = t - pivot_t;
       at[0] += d, at[1] += e, at[2] += d * d, at[3] += e * e, at[4] += d * e;
     } else {
-      const A d = s - pivot_s, e = t - pivot_t, q = Primitives<A>::power_of_two(e * pace);
-      at[2] += Primitives<A>::power_of_two(d * pace), at[3] += q, at[4] += q * (e - d);
+      const A d = (s - pivot_s) * pace, e = (t - pivot_t) * pace, q = Primitives<A>::power_of_two(e);
+      at[2] += Primitives<A>::power_of_two(d), at[3] += q, at[4] += q * (e - d);
     }
   }
 
@@ -36,8 +36,8 @@ struct Part {
   // infinity, from which no difference may be taken where those of all are.
   template <bool MAY_BE_EMPTY = false>
   __device__ __forceinline__ void raise(A s, A t, A pace) {
-    const A d = pivot_s - s, e = pivot_t - t;
-    A by_s = Primitives<A>::power_of_two(d * pace), by_t = Primitives<A>::power_of_two(e * pace);
+    const A d = (pivot_s - s) * pace, e = (pivot_t - t) * pace;
+    A by_s = Primitives<A>::power_of_two(d), by_t = Primitives<A>::power_of_two(e);
     if (MAY_BE_EMPTY && s == pivot_s) by_s = 1;
     if (MAY_BE_EMPTY && t == pivot_t) by_t = 1;
     if (at[3] != 0) at[4] += at[3] * (e - d);
@@ -75,10 +75,9 @@ __device__ __forceinline__ void take(Part<LOSS, A> (&parts)[PARTS], const B (&bo
 
 // The sums of a part, about the pivots that the row's other parts have, or with its maxima.
 template <RowLoss LOSS, class A>
-__device__ __forceinline__ Sums settled(Sums sums, A pivot_s, A pivot_t, double row_s, double row_t, double count,
-                                        double inverse_temperature) {
+__device__ __forceinline__ Sums settled(Sums sums, A pivot_s, A pivot_t, double row_s, double row_t, double count) {
   if constexpr (LOSS == RowLoss::pkd) return RowTraits<LOSS>::moved(sums, count, pivot_s - row_s, pivot_t - row_t);
-  sums.at[0] = pivot_s, sums.at[1] = pivot_t, sums.at[4] *= inverse_temperature;
+  sums.at[0] = pivot_s, sums.at[1] = pivot_t, sums.at[4] *= LN_2;
   return sums;
 }
 
@@ -111,10 +110,8 @@ __device__ __forceinline__ A lanes_maximum(A value, uint32_t lanes) {
 }
 // The sums of this thread's run, in the run's first thread.
 template <class S, class T, class A, int V, RowLoss LOSS>
-__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, double inverse_temperature,
-                                        Sums* parts) {
+__device__ __forceinline__ void sum_run(const RowLevel& level, const Place& place, A pace, Sums* parts) {
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, false>(level, place);
-  const A pace = static_cast<A>(inverse_temperature * LOG2_E);
   Part<LOSS, A> part[1];
   A row_s = 0, row_t = 0;
   if (at.inside) {
@@ -138,7 +135,7 @@ __device__ __forceinline__ void sum_run(const RowLevel& level, const Place& plac
   }
   if (!at.inside || at.thread != 0) return;
   parts[static_cast<int64_t>(at.row) * level.parts + at.part] =
-      settled<LOSS>(sums, part[0].pivot_s, part[0].pivot_t, row_s, row_t, at.end - at.begin, inverse_temperature);
+      settled<LOSS>(sums, part[0].pivot_s, part[0].pivot_t, row_s, row_t, at.end - at.begin);
 }
 
 // Where the threads of a tile meet: NUMBERS of each thread and channel, then their sums.
@@ -160,13 +157,11 @@ struct Meeting {
 
 // The sums of this block's tile, a part a channel.
 template <class S, class T, class A, int V, RowLoss LOSS, class M>
-__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, double inverse_temperature,
-                                         Sums* parts, M& meeting) {
+__device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& place, A pace, Sums* parts, M& meeting) {
   constexpr int FIRST = Part<LOSS, A>::FIRST;
   const RowRange rows = rows_of(level, place.group);
   const Spot at = spot_of<S, V, RowTraits<LOSS>::per_image, true>(level, place);
   const uint32_t columns = level.rows, column = threadIdx.x % level.across * V, to = at.thread * columns + column;
-  const A pace = static_cast<A>(inverse_temperature * LOG2_E);
   Part<LOSS, A> part[V];
   if (at.inside) {
     if constexpr (LOSS == RowLoss::pkd) {
@@ -223,7 +218,7 @@ __device__ __forceinline__ void sum_tile(const RowLevel& level, const Place& pla
     pivot_s = meeting.at[0][thread], pivot_t = meeting.at[1][thread];
   }
   parts[static_cast<int64_t>(rows.first + thread) * level.parts + place.block] =
-      settled<LOSS>(sums, pivot_s, pivot_t, row_s, row_t, at.end - at.begin, inverse_temperature);
+      settled<LOSS>(sums, pivot_s, pivot_t, row_s, row_t, at.end - at.begin);
 }
 
 }  // namespace frs::cuda
