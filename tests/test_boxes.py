@@ -49,6 +49,8 @@ def pair(**options: Any) -> tuple[Boxed, Boxed]:
 def made(*models: nn.Module, **options: Any) -> Distiller:
     student, teacher = models or pair()
     named: dict[str, Any] = {"feats": "neck", "logits": "head.cls", "boxes": "boxes", "warmup": 0}
+    if "preset" not in options:
+        named["feat_weight"] = 1.0
     return Distiller(student, teacher, example=(images(n=1),), **named | options)
 
 

@@ -114,7 +114,7 @@ def test_a_mask_of_the_teachers_logits():
 def test_without_a_preset_all_levels_have_one_denominator():
     s, t = pair()
     x = images()
-    d = Distiller(s, t, feats="neck", logits="head.cls", warmup=0, example=EXAMPLE)
+    d = Distiller(s, t, feats="neck", logits="head.cls", warmup=0, feat_weight=1.0, example=EXAMPLE)
     assert torch.allclose(d(x)["loss_frs_feat"], by_hand(d, x, normalizer="total_mass").feat, rtol=1e-6)
     assert distiller(preset="gfl").criterion.options.normalizer == "mass"
 
@@ -308,6 +308,17 @@ def test_a_loss_that_nobody_goes_backward_through_is_said():
                 d(x)
         for _ in range(UNUSED + 1):
             sum(d(x).values()).backward()
+
+
+def test_a_weight_of_the_features_that_nobody_has_chosen_is_said():
+    named = {"feats": "neck", "logits": "head.cls", "example": EXAMPLE}
+    with pytest.warns(UserWarning, match="feat_weight is 1, which nobody has chosen") as found:
+        Distiller(*pair(), **named)
+    assert [w.filename for w in found] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"feat_weight": 1.0}, {"preset": "gfl"}, {"gradient_share": 1}, {"feats": None}):
+            Distiller(*pair(), **named | options)
 
 
 def test_to_empty_leaves_the_teacher_its_weights():

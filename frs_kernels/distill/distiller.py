@@ -15,6 +15,7 @@ from frs_kernels.distill import masks
 from frs_kernels.distill.pairing import (
     Distilling,
     check_level_weights,
+    check_weights,
     choose_levels,
     has_head_term,
     make_adapter,
@@ -68,8 +69,9 @@ class Distiller(Distilling, nn.Module):
         of_teacher: those that differ in the teacher, dict(feats=..., logits=..., boxes=...).
         recipe: instead of these "torchvision", "ultralytics" or "transformers", or a `Recipe`, or a pair of them,
             the student's and the teacher's.
-        preset: a name in `frs_kernels.PRESETS`; None for weights of 1 and normalizer="total_mass", which was the better
-            one wherever it was tried (docs/math.md). With a cls_weight of 0 the head is left out.
+        preset: a name in `frs_kernels.PRESETS`; None for normalizer="total_mass", which was the better one wherever it
+            was tried (docs/math.md), and weights of your own or gradient_share. With a cls_weight of 0 the head is left
+            out.
         mask: "richness", "ones", or a function of the teacher's logits (a list of (N, K, H, W)) that gives (N, H, W)
             a level; `frs_kernels.distill.masks` has some.
         levels: indices of the levels that are distilled, of both; all by default.
@@ -147,7 +149,8 @@ class Distiller(Distilling, nn.Module):
             checks.check_option("mask", mask, MASKS)
         if "return_terms" in options:
             raise TypeError("return_terms is the distiller's own; the last call's terms are in distiller.terms")
-        self.criterion = FSRLoss(**options_of(preset, options))
+        chosen = options_of(preset, options)
+        self.criterion = FSRLoss(**chosen)
         sources = {"feats": feats, "logits": logits, "images": images, "boxes": boxes}
         self.recipes = both(recipe, sources, of_teacher, student, teacher)
         self.localization = None
@@ -174,6 +177,7 @@ class Distiller(Distilling, nn.Module):
         self.quicken(lambda model: self._run_teacher(model, seen), self._tap(self.teacher, 1).names, fast_teacher)
         self.shares = make_shares(gradient_share, self.criterion, self.localization, self.has_feats, self.has_logits)
         self.shares.to(next(student.parameters()).device)
+        check_weights(chosen, self.shares, self.has_feats)
 
     def _measure(
         self, example: Sequence[Any] | None, levels: Sequence[int] | None, adapter_kernel: int | None

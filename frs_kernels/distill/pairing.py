@@ -43,6 +43,16 @@ def options_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**(PRESETS[preset] if preset else UNTUNED), **given}
 
 
+def check_weights(options: Mapping[str, Any], shares: nn.ModuleDict, has_feats: bool) -> None:
+    """Warn of features whose weight nobody has chosen: what fits depends on their channels and on the denominator."""
+    if has_feats and "feat_weight" not in options and "feat" not in shares:
+        warnings.warn(
+            "feat_weight is 1, which nobody has chosen and no detector was seen to fit: give weights, a preset or "
+            "gradient_share=1",
+            stacklevel=3,
+        )
+
+
 def has_head_term(criterion: FSRLoss) -> bool:
     """A weight of 0 leaves the term out: it would cost a pass over the logits."""
     return isinstance(criterion.cls_weight, Tensor) or criterion.cls_weight != 0

@@ -37,6 +37,7 @@ from frs_kernels.distill import Tap, masks
 from frs_kernels.distill.pairing import (
     Distilling,
     check_level_weights,
+    check_weights,
     choose_levels,
     has_head_term,
     make_adapter,
@@ -81,7 +82,7 @@ class FRSDistiller(Distilling, BaseDetector):
         teacher: the teacher's, likewise. Its images are normalised as the student's.
         teacher_checkpoint: file or URL of the teacher's weights; every key must fit.
         preset: a name in `frs_kernels.PRESETS`: "retinanet", "gfl", "fcos", "faster_rcnn", "pkd", "cwd"; None for
-            weights of 1 and normalizer="total_mass" (docs/math.md).
+            normalizer="total_mass" (docs/math.md), and weights in `loss` or gradient_share.
         loss: further keywords of `frs_kernels.FSRLoss` that override the preset's, say dict(feat_weight=0.01,
             cls_loss="kl", level_weights=[...]).
         terms: "both", "features" or "head": the paper's ablation.
@@ -152,7 +153,8 @@ class FRSDistiller(Distilling, BaseDetector):
                 raise ValueError(f"threshold={threshold}: no richness is above it; give a number from 0 to below 1")
         if centerness and mask in ("ones", "boxes"):
             raise ValueError(f"centerness=True multiplies the richness, which mask={mask!r} does not use")
-        criterion = FSRLoss(**_options(preset, loss))  # refuses an unknown option
+        chosen = _options(preset, loss)
+        criterion = FSRLoss(**chosen)  # refuses an unknown option
         localization = None if box_options is None else make_localization(box_options)
 
         student_cfg, teacher_cfg = model_config("student", student), model_config("teacher", teacher)
@@ -188,6 +190,7 @@ class FRSDistiller(Distilling, BaseDetector):
             check_boxes(self.student, frozen, s, t, localization.options["sides"])
         self.adapter = make_adapter(s.feats, t.feats, adapter_kernel) if self.has_feats else None
         self.shares = make_shares(gradient_share, criterion, localization, self.has_feats, self.has_logits)
+        check_weights(chosen, self.shares, self.has_feats)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[Any]) -> dict[str, Any]:
         """The student's own losses with loss_frs_feat, loss_frs_cls, loss_frs_box and frs_mass_<level>."""

@@ -46,7 +46,7 @@ def best(z: list[Tensor]) -> list[Tensor]:
 
 @each_model
 def test_a_step(name):
-    d = Distiller(make(name, 16), make(name, 24), recipe="transformers", mask=best, warmup=0)
+    d = Distiller(make(name, 16), make(name, 24), recipe="transformers", mask=best, warmup=0, feat_weight=1.0)
     inputs = batch()
     outputs, loss = d(**inputs), d.loss()
     assert [x.shape[2:] for x in map(torch.Tensor.unsqueeze, d.terms.mask, (1, 1, 1))] == [(12, 16), (6, 8), (3, 4)]
@@ -65,7 +65,7 @@ def test_a_step(name):
 
 @each_model
 def test_the_teacher_runs_no_decoder(name):
-    d = Distiller(make(name, 16), make(name, 24), recipe="transformers", warmup=0)
+    d = Distiller(make(name, 16), make(name, 24), recipe="transformers", warmup=0, feat_weight=1.0)
     ran = []
     d.teacher.model.decoder.register_forward_hook(lambda *_: ran.append(1))
     d(**batch())

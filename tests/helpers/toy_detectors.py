@@ -113,7 +113,7 @@ def distiller(student: nn.Module | None = None, teacher: nn.Module | None = None
     s, t = pair()
     arguments = {"feats": "neck", "logits": "head.cls", "warmup": 0, "example": EXAMPLE, **options}
     if "preset" not in options:
-        arguments = {"normalizer": "mass", **arguments}
+        arguments = {"normalizer": "mass", "feat_weight": 1.0, **arguments}
     return Distiller(student or s, teacher or t, **arguments)
 
 
