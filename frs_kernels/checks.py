@@ -70,11 +70,13 @@ def check_weight(name: str, value: Any, device: torch.device | None) -> None:
 
 
 def check_learns(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
-    """Of student and teacher in each pair, where gradients are enabled and no student's tensor requires one.
+    """Of student and teacher in each pair: warns where gradients are enabled and no student's tensor requires one.
 
     Raises:
         ValueError: a teacher's tensor does.
     """
+    if not torch.is_grad_enabled() or any(x.requires_grad for student, _ in pairs for x in student):
+        return
     if any(z.requires_grad for _, teacher in pairs for z in teacher):
         raise ValueError(
             "the teacher's tensors require a gradient, the student's do not: are student and teacher swapped? If not, "
@@ -85,11 +87,11 @@ def check_learns(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> 
             "no tensor of the student's requires a gradient, so that the loss trains nothing: the student is frozen, "
             "was detached, ran under no_grad or inside checkpoint(use_reentrant=True); if it is only evaluated, call "
             "this under torch.no_grad()",
-            stacklevel=_caller(),
+            stacklevel=caller(),
         )
 
 
-def _caller() -> int:
+def caller() -> int:
     """The stacklevel of the first frame outside of this package: modules and functions stand between in any number."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("frs_kernels.", "torch.")):

@@ -120,8 +120,8 @@ class _Weighed(nn.Module):
 
     def extra_repr(self) -> str:
         """The weight, and the other options that are given."""
-        usual = (None, False, "auto")
-        shown = {name: value for name, value in self.options.items() if not any(value is each for each in usual)}
+        given = {name: value for name, value in self.options.items() if value is not None and value is not False}
+        shown = {name: value for name, value in given.items() if value != "auto"}
         return ", ".join(f"{name}={value!r}" for name, value in ({"weight": self.weight} | shown).items())
 
 

@@ -115,7 +115,7 @@ def _imitate_pairs(
         student += pair.student
         teacher += pair.teacher
     if not learns and all(mode == "none" for mode in modes):
-        check_learns(pairs)
+        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
     unit = options.normalizer == "none"
     scores = norm = None
     if mask is not None:
@@ -143,12 +143,6 @@ def _imitate_pairs(
     names = (pair.weight_name for pair in pairs)
     parts = dict(zip(names, zip(terms, values.split(len(like)), strict=True), strict=True))
     return Found(loss, parts, split_levels(scores, like), mass)
-
-
-def check_learns(pairs: Sequence[Pair]) -> None:
-    """`checks.check_learns`, where gradients are enabled."""
-    if torch.is_grad_enabled() and not any(x.requires_grad for pair in pairs for x in pair.student):
-        checks.check_learns([(pair.student, pair.teacher) for pair in pairs])
 
 
 def _table_of(pairs: Sequence[Pair], options: Options) -> Table:

@@ -16,7 +16,7 @@ from frs_kernels.autograd import late_term, load, once, save
 from frs_kernels.levels import Levels
 from frs_kernels.ops import VERBS
 from frs_kernels.options import Options
-from frs_kernels.pairs import Found, Pair, check_learns, distill
+from frs_kernels.pairs import Found, Pair, distill
 from frs_kernels.results import RowTerms
 
 if TYPE_CHECKING:
@@ -182,9 +182,8 @@ def _align(
     checks.check_option("backend", backend, ("auto", *backends.BACKENDS))
     weights = None if level_weights is None else tuple(level_weights)
     options = Options(temperature=temperature, level_weights=weights, backend=backend)
-    pair = Pair("weight", loss, weight, student, teacher)
-    check_learns([pair])
-    terms = _aligned(pair, options, eps)
+    checks.check_learns([(student, teacher)])
+    terms = _aligned(Pair("weight", loss, weight, student, teacher), options, eps)
     return terms if return_terms else terms.loss
 
 
@@ -203,7 +202,7 @@ def distill_rows(
     if process_group is not None:
         checks.check_group(process_group)
     check()
-    check_learns([*aligned, *pairs])
+    checks.check_learns([(pair.student, pair.teacher) for pair in (*aligned, *pairs)])
     for pair in aligned:
         checks.check_weight(pair.weight_name, pair.weight, pair.teacher[0].device)
     terms = {pair.weight_name: _aligned(pair, options, EPS) for pair in aligned}

@@ -69,11 +69,7 @@ TABLE: dict[str, tuple[Callable[[Call], None], type[Exception], tuple[str, ...]]
     ),
     "no level": (put_all(student_feats=[]), ValueError, ("student_feats is empty", "(N, C, H, W)")),
     "no level of logits": (put_all(teacher_logits=[]), ValueError, ("teacher_logits is empty",)),
-    "no level of logits for the mask": (
-        put_all(student_logits=None, teacher_logits=[]),
-        ValueError,
-        ("teacher_logits is empty",),
-    ),
+    "no logits, no mask": (put_all(student_logits=None, teacher_logits=[]), ValueError, ("teacher_logits is empty",)),
     "another height": (
         put("teacher_feats", 1, Z(2, 5, 2, 1)),
         ValueError,
@@ -247,6 +243,7 @@ def test_compiled_as_one_graph_the_message_is_in_the_compilers(compiler, row):
     assert_says(error.value, words)
 
 
+X = [Z(1, 2, 3, 4)]
 OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, ...]]] = {
     "richness of a tensor": (lambda: richness_mask(Z(1, 2, 3, 4)), TypeError, ("teacher_logits", "list")),
     "richness of nothing": (lambda: richness_mask([]), ValueError, ("teacher_logits is empty",)),
@@ -294,7 +291,7 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
         ("detach must be True or False", "1"),
     ),
     "focal beta": (
-        lambda: quality_focal_distillation([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], beta=-0.5),
+        lambda: quality_focal_distillation(X, X, beta=-0.5),
         ValueError,
         ("beta must be zero or more", "-0.5"),
     ),
@@ -319,22 +316,18 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
         ("student_reg[0] (1, 8, 3, 4)", "teacher_reg[0] (1, 8, 3, 5)"),
     ),
     "imitation sparse mask": (
-        lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 1, 3, 4).to_sparse()]),
+        lambda: masked_imitation_loss(X, X, [Z(1, 1, 3, 4).to_sparse()]),
         TypeError,
         ("mask[0] is torch.sparse_coo", "to_dense"),
     ),
     "imitation long weight": (
-        lambda: masked_imitation_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], [Z(1, 3, 4)], weight=10**400),
+        lambda: masked_imitation_loss(X, X, [Z(1, 3, 4)], weight=10**400),
         ValueError,
         ("weight must be zero or more and finite",),
     ),
-    "rows long eps": (
-        lambda: pkd_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], eps=10**400),
-        ValueError,
-        ("eps must be zero or more and finite",),
-    ),
+    "rows long eps": (lambda: pkd_loss(X, X, eps=10**400), ValueError, ("eps must be zero or more and finite",)),
     "rows short weight": (
-        lambda: pkd_loss([Z(1, 2, 3, 4)], [Z(1, 2, 3, 4)], weight=torch.zeros((), dtype=torch.float8_e4m3fn)),
+        lambda: pkd_loss(X, X, weight=torch.zeros((), dtype=torch.float8_e4m3fn)),
         TypeError,
         ("weight must be a number or a tensor of one of the levels' dtypes", "float8"),
     ),
@@ -364,11 +357,7 @@ OTHER_CALLS: dict[str, tuple[Callable[[], object], type[Exception], tuple[str, .
     "adapter in_channels": (lambda: FeatureAdapter([2, 2], 3, 1), ValueError, ("in_channels has 2", "num_levels is 1")),
     "adapter out_channels": (lambda: FeatureAdapter(2, [3], 2), ValueError, ("out_channels has 1", "num_levels is 2")),
     "adapter no channels": (lambda: FeatureAdapter(0, 3, 1), ValueError, ("in_channels", "1 or more", "0")),
-    "adapter input": (
-        lambda: FeatureAdapter(2, 3, 2)([Z(1, 2, 3, 4)]),
-        ValueError,
-        ("feats has 1 levels", "made for 2"),
-    ),
+    "adapter input": (lambda: FeatureAdapter(2, 3, 2)(X), ValueError, ("feats has 1 levels", "made for 2")),
 }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ DUELS = (
     ("frs-ones", "The richness mask", "a mask of ones"),
     ("frs-boxes", "The richness mask", "the boxes as mask"),
     ("frs-mass", '"total_mass"', 'the paper\'s "mass"'),
+    ("frs-ld", "FRS alone", "FRS with LD beside it"),
+    ("cwd", "FRS", "CWD"),
 )
 """What is told of FRS beside other ways of it."""
 
@@ -40,8 +42,8 @@ def compared(name: str, results: dict[str, Any]) -> Iterator[str]:
         "seeds. Gain: over the student alone, seed by seed. Weights: those used, and in brackets which multiple they "
         "are of the weights at which each term's gradient equals the rest's; the best of three by the mean AP on the "
         f"same pictures after the short schedule with {len(settings['tuning_seeds'])} other seeds. Two are told apart, "
-        "and one beats another, where 95 % "
-        f"confidence (Student's t) says so of their difference, seed by seed. {processor(results['machine'])}."
+        "and one beats another, where 95 % confidence (Student's t) says so of their difference, seed by seed. "
+        f"{processor(results['machine'])}."
     )
     yield ""
     yield from (f"- {line}" for line in meant(arms))

@@ -49,7 +49,7 @@ def check_weights(options: Mapping[str, Any], shares: nn.ModuleDict, has_feats: 
         warnings.warn(
             "feat_weight is 1, which nobody has chosen and no detector was seen to fit: give weights, a preset or "
             "gradient_share=1",
-            stacklevel=3,
+            stacklevel=checks.caller(),
         )
 
 
@@ -158,16 +158,13 @@ def make_shares(
         raise ValueError(f"gradient_share={target}: give one number, or {each}")
     if any(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError("gradient_share sets the weights; those given, numbers, are where it begins")
-    for name, share in zip(weights, targets, strict=True):
+    shares = nn.ModuleDict()
+    for (name, weight), share in zip(weights.items(), targets, strict=True):
         if wanted[name]:
             checks.check_number("gradient_share", share, positive=True)
-            checks.check_number(f"the weight of {name}, where gradient_share begins,", weights[name], positive=True)
-    shares = {
-        name: GradientShare(share, float(weights[name]))
-        for name, share in zip(weights, targets, strict=True)
-        if wanted[name]
-    }
-    return nn.ModuleDict(shares)
+            checks.check_number(f"the weight of {name}, where gradient_share begins,", weight, positive=True)
+            shares[name] = GradientShare(share, float(weight))
+    return shares
 
 
 class Distilling:
@@ -312,7 +309,7 @@ class Distilling:
         """Once."""
         if message not in self._warned:
             self._warned |= {message}
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=checks.caller())
 
     def quicken(self, run: Callable[[Any], Any], tapped: Sequence[str], fast: bool | dict[str, Any]) -> None:
         """Put a fast copy in the teacher's place, with options of `fast_teacher` and of the distiller; False: none."""
